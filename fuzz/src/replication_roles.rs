@@ -158,6 +158,7 @@ impl Backup {
             security: Security::Plain(false),
             arbiter: Arbiter::None,
             incarnation: Incarnation(2),
+            process: None,
             orders: inbox,
             wake: wake.clone(),
             status: Arc::default(),

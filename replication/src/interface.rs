@@ -28,6 +28,10 @@ pub enum Input {
     HeardBeside,
     /// A connection has ended, or has carried something that is not a frame.
     Closed(Connection),
+    /// The process that the term is bound to has ended, as the kernel of this host says of it. All
+    /// that it has sent was given to the machine before. This decides nothing: it only saves waiting
+    /// for that process.
+    PeerGone,
     /// The answer to an [`Output::Ask`]. It names its question: a process that was a backup and is
     /// a primary now may still get the answer to an earlier question, under the same nonce.
     Answered {
@@ -300,6 +304,9 @@ pub enum Why {
     /// Nothing was received for the time-out.
     #[error("nothing was heard for the time-out")]
     Silence,
+    /// The peer's process has ended.
+    #[error("the other side's process has ended")]
+    Gone,
     /// A frame was refused.
     #[error("a frame was damaged or out of order")]
     BadFrame,

@@ -99,8 +99,10 @@ fn input(random: &mut fastrand::Rng, asked: &mut Vec<Output>) -> Input {
             [random.usize(..3)],
         14 => Input::Held(epoch),
         15 => Input::Forced(COMMANDS[random.usize(..4)]),
-        16 => [Input::HeardBeside, Input::Untracked, Input::Room(ROOMS[random.usize(..3)])]
-            [random.usize(..3)],
+        16 => {
+            let room = Input::Room(ROOMS[random.usize(..3)]);
+            [Input::HeardBeside, Input::PeerGone, Input::Untracked, room][random.usize(..4)]
+        }
         _ => Input::Command(COMMANDS[random.usize(..4)]),
     }
 }
@@ -149,6 +151,34 @@ fn any_inputs_in_any_order() {
     }
 }
 
+const LINK: Connection = Connection(1);
+
+/// A primary whose term is armed, over that connection, and the time.
+fn protected(settings: Settings) -> (Primary, Time) {
+    let mut primary = Primary::new(ME, Term(1), settings, Rules::default());
+    let mut now = Time::ZERO;
+    let mut step = |input| {
+        now += Time::from_millis(1);
+        primary.step(now, input)
+    };
+    let frame = |message| Frame { term: Term(1), epoch: Epoch(1), message };
+    let agreement = settings.agreement;
+    let accept = Accept { incarnation: Incarnation(2), digest: Digest(0), memory: None, agreement };
+    step(Input::Command(Command::Start));
+    step(Input::Connected(LINK));
+    let greeted = Frame { epoch: Epoch(0), ..frame(Message::Accept(accept)) };
+    step(Input::Received(LINK, greeted));
+    step(Input::Captured { epoch: Epoch(1), digest: Digest(1) });
+    let marks = step(Input::Received(LINK, frame(Message::Ack)));
+    let mark = marks.iter().find_map(|output| match output {
+        Output::Mark(mark) => Some(*mark),
+        _ => None,
+    });
+    let armed = step(Input::Marked(mark.unwrap()));
+    assert!(armed.contains(&Output::ReleaseThrough(Epoch(1))), "{armed:?}");
+    (primary, now)
+}
+
 /// Without an arbiter, an operator can force the backup to run the guest. A primary that continues
 /// without asking must not do so once it hears of that: there would be two.
 #[test]
@@ -168,32 +198,12 @@ fn a_primary_that_continues_without_asking_stops_when_the_backup_may_run() {
         message: Message::Beat { claimed, unfit: false, probe: 0 },
     };
     for last in [beat(2, false), beat(1, true)] {
-        let mut primary = Primary::new(ME, Term(1), settings, Rules::default());
-        let mut now = Time::ZERO;
-        let mut seen = Vec::new();
+        let (mut primary, mut now) = protected(settings);
         let mut step = |input| {
             now += Time::from_millis(1);
-            let outputs = primary.step(now, input);
-            seen.extend(outputs.clone());
-            outputs
+            primary.step(now, input)
         };
-        let link = Connection(1);
-        let frame = |message| Frame { term: Term(1), epoch: Epoch(1), message };
-        let accept =
-            Accept { incarnation: Incarnation(2), digest: Digest(0), memory: None, agreement };
-        step(Input::Command(Command::Start));
-        step(Input::Connected(link));
-        let greeted = Frame { epoch: Epoch(0), ..frame(Message::Accept(accept)) };
-        step(Input::Received(link, greeted));
-        step(Input::Captured { epoch: Epoch(1), digest: Digest(1) });
-        let marks = step(Input::Received(link, frame(Message::Ack)));
-        let mark = marks.iter().find_map(|output| match output {
-            Output::Mark(mark) => Some(*mark),
-            _ => None,
-        });
-        let armed = step(Input::Marked(mark.unwrap()));
-        assert!(armed.contains(&Output::ReleaseThrough(Epoch(1))), "{armed:?}");
-        let mut after = step(Input::Received(link, last));
+        let mut after = step(Input::Received(LINK, last));
         for _ in 0..1000 {
             after.extend(step(Input::Tick));
         }
@@ -206,4 +216,25 @@ fn a_primary_that_continues_without_asking_stops_when_the_backup_may_run() {
         };
         assert!(!after.iter().any(runs), "{after:?}");
     }
+}
+
+/// A primary whose backup's process has ended does not wait until that is silent for long enough.
+#[test]
+fn a_backup_whose_process_has_ended_is_not_waited_for() {
+    let settings = Settings {
+        agreement: agreement(),
+        timeout: Time::from_secs(100),
+        period: Time::from_millis(50),
+        ack_limit: Time::from_secs(100),
+        on_loss: OnLoss::Claim,
+        leave_slow: false,
+    };
+    let (mut primary, now) = protected(settings);
+    let closed = primary.step(now, Input::Closed(LINK));
+    let claim = |output: &Output| {
+        matches!(output, Output::Ask { question: Question::Claim { word: Word::Solo, .. }, .. })
+    };
+    assert!(!closed.iter().any(claim), "it may be back: {closed:?}");
+    let gone = primary.step(now, Input::PeerGone);
+    assert!(gone.iter().any(claim), "{gone:?}");
 }

@@ -2,7 +2,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use rustix::{
@@ -148,6 +148,13 @@ impl Descriptors {
 /// A TCP address.
 fn address(peer: Option<SocketAddrAny>) -> Option<SocketAddr> {
     peer.and_then(|peer| SocketAddr::try_from(peer).ok())
+}
+
+/// What is read from.
+impl AsFd for Descriptors {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.read.fd.as_fd()
+    }
 }
 
 /// As TLS needs them.

@@ -25,6 +25,7 @@ mod tests;
 use std::{
     io,
     net::IpAddr,
+    os::fd::{AsFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -155,6 +156,15 @@ impl Link {
             Some(subject) => format!("{address} ({subject})"),
             None => address,
         }
+    }
+
+    /// The process at the other end of a Unix socket, and a descriptor of it.
+    ///
+    /// # Errors
+    /// Those of [`peer::process`] and [`peer::pidfd`].
+    pub fn process(&self) -> io::Result<(peer::Process, OwnedFd)> {
+        let socket = self.descriptors.as_fd();
+        Ok((peer::process(socket)?, peer::pidfd(socket)?))
     }
 
     /// Send `bytes`, after everything that is queued already.

@@ -4,7 +4,14 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::{
+    errno::Errno,
+    sys::socket::{getsockopt, sockopt},
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
 
 /// A process, as it was when it connected or, for a pair of sockets, when these were made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +38,40 @@ pub fn process(socket: impl AsFd) -> io::Result<Process> {
 /// becomes readable when the process ends.
 ///
 /// # Errors
-/// When this is no connected Unix socket, the process has ended and was waited for, is of another
-/// PID namespace, or the host is older than Linux 6.5.
+/// When this is no connected Unix socket, or the process has ended and was waited for,
+/// or is of another PID namespace.
 pub fn pidfd(socket: impl AsFd) -> io::Result<OwnedFd> {
-    Ok(getsockopt(&socket, sockopt::PeerPidfd)?)
+    match getsockopt(&socket, sockopt::PeerPidfd) {
+        Err(Errno::ENOPROTOOPT) => by_number(socket),
+        other => Ok(other?),
+    }
+}
+
+/// The same before Linux 6.5: by the process's number, which could be another process's once that
+/// one has ended; but then its socket is closed.
+fn by_number(socket: impl AsFd) -> io::Result<OwnedFd> {
+    let pid = process(&socket)?.pid.and_then(Pid::from_raw).ok_or(io::ErrorKind::NotFound)?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    let mut fds = [PollFd::new(&socket, PollFlags::empty())];
+    rustix::event::poll(&mut fds, Some(&Timespec::default()))?;
+    match fds.iter().all(|fd| fd.revents().is_empty()) {
+        true => Ok(pidfd),
+        false => Err(io::ErrorKind::NotConnected.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_found_by_its_number_while_it_is_connected() {
+        let (near, far) = UnixStream::pair().unwrap();
+        by_number(&near).unwrap();
+        drop(far);
+        let ended = by_number(&near).unwrap_err();
+        assert_eq!(ended.kind(), io::ErrorKind::NotConnected, "its number may be another's");
+    }
 }

@@ -89,7 +89,7 @@ impl Backup {
         self.base.hearing.restart(self.base.now);
         self.base.heard();
         self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
-        self.echo = 0;
+        (self.echo, self.gone) = (0, false);
         if matches!(self.state, State::Standby | State::Suspecting) {
             self.stand_back();
         }

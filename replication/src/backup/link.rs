@@ -139,8 +139,21 @@ impl Backup {
                 let waited = self.base.timers.get(Timer::Silence).unwrap_or(self.base.now);
                 self.base.timers.set(Timer::Turn, waited + self.base.settings.grace());
                 self.base.timers.clear(Timer::Silence);
+                if self.gone {
+                    self.take_turn();
+                }
             }
             State::Unfit => self.look(),
+            _ => {}
+        }
+    }
+
+    /// The primary's process has ended: nobody else would claim first.
+    pub(super) fn primary_gone(&mut self) {
+        self.gone = true;
+        match self.state {
+            State::Standby => self.suspect(Why::Gone),
+            State::Suspecting => self.take_turn(),
             _ => {}
         }
     }

@@ -83,6 +83,8 @@ pub struct Backup {
     prepared: bool,
     /// It has waited its turn, or need not.
     turn: bool,
+    /// The primary's process has ended: there is nobody to wait for.
+    gone: bool,
     /// Without a witness: `Release` has arrived, which is the grant.
     released: bool,
     /// The guest could not run here.
@@ -123,6 +125,7 @@ impl Backup {
             coming: VecDeque::new(),
             prepared: false,
             turn: false,
+            gone: false,
             released: false,
             unfit: false,
             ordered: false,
@@ -189,6 +192,7 @@ impl Backup {
                 self.base.connection = None;
                 self.suspect(Why::Closed);
             }
+            Input::PeerGone => self.primary_gone(),
             Input::Answered { nonce, question, answer }
                 if self.base.answered(nonce, question, answer) =>
             {
@@ -222,10 +226,7 @@ impl Backup {
             Timer::Turn if self.base.settings.stood_still(due, self.base.now) => {
                 self.base.timers.set(Timer::Turn, self.base.now + self.base.settings.grace());
             }
-            Timer::Turn => {
-                self.turn = true;
-                self.try_claim();
-            }
+            Timer::Turn => self.take_turn(),
             Timer::Beat => self.beat(),
             Timer::Ask => self.base.ask_again(),
             Timer::Look => self.look(),

@@ -23,6 +23,13 @@ impl Backup {
         matches!(self.base.settings.agreement.arbiter, Arbiter::Witness(_))
     }
 
+    /// It is this side's turn.
+    pub(super) fn take_turn(&mut self) {
+        self.turn = true;
+        self.base.timers.clear(Timer::Turn);
+        self.try_claim();
+    }
+
     /// Claim, once it is this side's turn and all that can fail has been done.
     pub(super) fn try_claim(&mut self) {
         let ready = self.state == State::Suspecting && self.turn && self.prepared;

@@ -134,3 +134,35 @@ fn a_primary_that_is_back_late_is_made_to_connect_again_where_nobody_claims() {
     let outputs = driven.step(Input::Heard(Connection(1)));
     assert!(outputs.contains(&Output::Close(Connection(1))), "{outputs:?}");
 }
+
+#[test]
+fn a_primary_whose_process_has_ended_is_not_waited_for() {
+    let asks = |outputs: &[Output], wanted: fn(&Question) -> bool| {
+        outputs.iter().any(|o| matches!(o, Output::Ask { question, .. } if wanted(question)))
+    };
+    let claims = |question: &Question| matches!(question, Question::Claim { .. });
+    // Whether or not it was suspected before, and also if that comes later.
+    for closes in [Some(true), Some(false), None] {
+        let mut driven = Driven::standby(WITNESS);
+        if closes == Some(true) {
+            driven.step(Input::Closed(Connection(1)));
+        }
+        driven.step(Input::PeerGone);
+        if closes == Some(false) {
+            driven.step(Input::Closed(Connection(1)));
+        }
+        assert!(asks(&driven.step(Input::Prepared), claims), "{closes:?}");
+        assert!(driven.now < settings(WITNESS).grace(), "it has not waited");
+    }
+    // The fence is asked all the same: it also keeps the primary from being started again.
+    let mut driven = Driven::standby(Arbiter::Fence(Digest(5)));
+    driven.step(Input::PeerGone);
+    let outputs = driven.step(Input::Prepared);
+    assert!(asks(&outputs, |question| matches!(question, Question::Fence { .. })), "{outputs:?}");
+    // Where nobody decides, nobody does.
+    let mut driven = Driven::standby(Arbiter::None);
+    driven.step(Input::PeerGone);
+    driven.step(Input::Prepared);
+    driven.beats();
+    assert_eq!(driven.backup.state(), State::Suspecting);
+}

@@ -198,7 +198,7 @@ impl Primary {
     }
 
     /// The backup will not serve in this term, or no longer sends anything.
-    fn given_up(&mut self, why: Why) {
+    pub(super) fn given_up(&mut self, why: Why) {
         match self.state {
             State::Syncing => return self.fall_back(why),
             State::Protected | State::HandingOver(Handing::Parked | Handing::Last(_)) => {

@@ -232,6 +232,7 @@ impl Primary {
                 self.base.connection = None;
                 self.disturbed(Why::Closed);
             }
+            Input::PeerGone => self.given_up(Why::Gone),
             Input::Answered { nonce, question, answer }
                 if self.base.answered(nonce, question, answer) =>
             {

@@ -1,6 +1,7 @@
 //! Domains with a disk that were protected, and whose monitors have all ended: a start asks first who
 //! has the guest.
 use anyhow::{Result, ensure};
+use rustix::process::Signal;
 use serde_json::json;
 
 use crate::disks::{image, with_disk};
@@ -20,9 +21,13 @@ fn protected(story: &str) -> Result<Rig> {
 #[test]
 fn a_guest_that_both_sides_have_lost_starts_from_its_disk() -> Result<()> {
     let rig = protected("cold")?;
-    // The backup goes first, so that it continues nothing.
-    rig.kill("vm-backup")?;
-    rig.kill("vm")?;
+    let (primary, backup) = (rig.pid("vm")?, rig.pid("vm-backup")?);
+    // Stopped, the primary does not win the term when its backup goes.
+    rig.signal(primary, Signal::STOP)?;
+    for pid in [backup, primary] {
+        rig.signal(pid, Signal::KILL)?;
+        rig.gone(pid)?;
+    }
     rig.ok(&["start", "vm"])?;
     ensure!(rig.state("vm")? == "running");
     // The other image is not the guest's any more.

@@ -1,4 +1,5 @@
 //! Domains that are protected by a second one on the same host, with real monitors.
+use std::fs;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -52,9 +53,26 @@ pub fn count_aloud(rig: &Rig) -> Result<()> {
     rig.says("web", "tally")
 }
 
+/// Milliseconds of silence that no test waits for: both sides know each other's process.
+const LONG: &str = "600000";
+
 pub fn protect(rig: &Rig, name: &str) -> Result<()> {
-    let said = rig.ok(&["remus", "--local", "-i", "25", "--timeout", "200", name])?;
+    let said = rig.ok(&["remus", "--local", "-i", "25", "--timeout", LONG, name])?;
     ensure!(said.pointer("/replication/state") == Some(&json!("protected")), "{said}");
+    Ok(())
+}
+
+/// The report of a protected domain is on paper what its monitor says.
+fn reported(rig: &Rig, name: &str) -> Result<()> {
+    let report = rig.ok(&["remus-report", name])?;
+    let count = report["checkpoints"].as_u64().context("no number")?;
+    ensure!(report["pause-us"]["count"].as_u64() > Some(0), "{report}");
+    let file = |key: &str| -> Result<String> {
+        Ok(fs::read_to_string(rig.file(report[key].as_str().context("no file")?))?)
+    };
+    let (csv, svg) = (file("csv")?, file("svg")?);
+    ensure!(csv.starts_with("number,term,epoch,") && csv.lines().count() as u64 == count + 1);
+    ensure!(svg.contains(&format!("Protection of {name}")) && svg.contains("StratoVirt-"), "{svg}");
     Ok(())
 }
 
@@ -97,7 +115,12 @@ fn a_domain_whose_monitor_is_killed_runs_on_and_forgets_nothing_that_it_has_said
     ensure!(later.windows(2).all(|pair| pair[1] == pair[0] + 1), "{later:?}");
 
     // It is a domain like any other: it can be protected again, and ended.
+    let (what, hint) = rig.refused(&["remus-report", "web-backup"])?;
+    ensure!(what.contains("no checkpoint") && hint.contains("remus web-backup"), "{what}");
     protect(&rig, "web-backup")?;
+    reported(&rig, "web-backup")?;
+    rig.kill("web-backup-backup")?;
+    rig.wait_replication("web-backup", "state", "degraded")?;
     rig.ok(&["unprotect", "web-backup"])?;
     ensure!(rig.state("web-backup-backup")? == "absent");
     rig.ok(&["pause", "web-backup"])?;

@@ -51,6 +51,7 @@ use crate::{
     replication::{
         entrance,
         host::{Host as BackupHost, Shared, incarnation},
+        process::Process,
         standby::{Task, Tell, ToStandby},
     },
     seccomp::{Confinement, Kind as Thread},
@@ -131,6 +132,7 @@ impl Arrival {
                     security,
                     arbiter: arbiter.clone(),
                     incarnation,
+                    process: Process::own(),
                     orders,
                     wake: shared.wake.clone(),
                     status: shared.status.clone(),

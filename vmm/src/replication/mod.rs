@@ -26,6 +26,7 @@ pub mod keeper;
 pub mod offer;
 mod outgoing;
 pub mod outside;
+pub mod process;
 mod protection;
 pub mod protector;
 mod questions;

@@ -1,12 +1,13 @@
 //! The first frame of each connection: the machine that the primary offers, and all that it has to
 //! have in common with the backup's host. The backup looks whether that is so before it answers the
-//! greeting that follows. If it is not, it says why, before it refuses; likewise if a frame is not
+//! greeting that follows, and says which process it is. If it is not, it says why, before it refuses; likewise if a frame is not
 //! valid, before it closes the connection.
 //!
 //! ```text
 //! kind u32 = 31  length u32  timeout u32, in ms  length u32  JSON
 //!                            a stream with only the configuration  crc u32
 //! kind u32 = 30  length u32  why not, as text  crc u32
+//! kind u32 = 29  length u32  JSON: which process the backup is  crc u32
 //! ```
 use std::{io, time::Duration};
 
@@ -15,10 +16,13 @@ use machine::Tsc;
 use serde::{Deserialize, Serialize};
 use state::{Config, Frames, Section, cpu::Cpu, file::write_config, frame::Writer};
 
+use super::process::Process;
+
 /// The version of what the two sides exchange.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 const KIND: u32 = 31;
 const REASON: u32 = 30;
+const PROCESS: u32 = 29;
 /// Kind and length.
 const HEADER: usize = 8;
 /// Longest body, in bytes: a configuration of all devices is far smaller.
@@ -46,12 +50,14 @@ pub struct Host {
     pub tsc: Tsc,
     /// The CPU that the guest was promised.
     pub cpu: Option<Cpu>,
+    /// Which process the primary is, if it knows that.
+    pub process: Option<Process>,
 }
 
 impl Host {
-    /// That of a primary.
+    /// That of a primary, which is this process.
     pub fn of(arbiter: Arbiter, tsc: Tsc, cpu: Option<Cpu>) -> Self {
-        Self { version: VERSION, arbiter, tsc, cpu }
+        Self { version: VERSION, arbiter, tsc, cpu, process: Process::own() }
     }
 
     /// How this, a primary's, differs from a backup that is decided by `arbiter`.
@@ -85,6 +91,7 @@ struct Shown {
     tsc: u64,
     tsc_is_own: bool,
     cpu: Option<Section>,
+    process: Option<Process>,
 }
 
 impl Shown {
@@ -104,6 +111,7 @@ impl Shown {
             tsc: ticks,
             tsc_is_own: own,
             cpu: cpu.map_err(io::Error::other)?,
+            process: host.process.clone(),
         })
     }
 
@@ -119,6 +127,7 @@ impl Shown {
             arbiter,
             tsc: Tsc { khz: self.tsc_khz, ticks: self.tsc, own: self.tsc_is_own },
             cpu: self.cpu.map(|section| section.read()).transpose().ok()?,
+            process: self.process,
         })
     }
 }
@@ -186,17 +195,37 @@ pub fn reason(why: &str) -> Vec<u8> {
     frame(REASON, why.as_bytes()).unwrap_or_default()
 }
 
+/// The frame that says which process a backup is, if it knows that.
+pub fn process(process: Option<&Process>) -> Vec<u8> {
+    let body = serde_json::to_vec(&process).unwrap_or_default();
+    frame(PROCESS, &body).unwrap_or_default()
+}
+
+/// What a backup says besides the protocol.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Aside {
+    /// Why it refuses.
+    Reason(String),
+    /// Which process it is.
+    Process(Option<Process>),
+}
+
 /// Read such a frame from the beginning of `bytes`, and return its length, too; `None` if there is
 /// none, or not all of it.
-pub fn read_reason(bytes: &[u8]) -> Option<(String, usize)> {
-    let (REASON, body, all) = unframe(bytes, LONGEST_REASON).ok()?? else { return None };
+pub fn read_aside(bytes: &[u8]) -> Option<(Aside, usize)> {
+    let (kind, body, all) = unframe(bytes, LONGEST_REASON).ok()??;
     let plain = |c: char| if c.is_control() { ' ' } else { c };
-    Some((String::from_utf8_lossy(body).chars().map(plain).collect(), all))
+    let aside = match kind {
+        REASON => Aside::Reason(String::from_utf8_lossy(body).chars().map(plain).collect()),
+        PROCESS => Aside::Process(serde_json::from_slice(body).ok()?),
+        _ => return None,
+    };
+    Some((aside, all))
 }
 
 /// Whether `bytes` are the beginning of one.
-pub fn may_be_reason(bytes: &[u8]) -> bool {
-    bytes.starts_with(&REASON.to_le_bytes())
+pub fn may_be_aside(bytes: &[u8]) -> bool {
+    [REASON, PROCESS].iter().any(|kind| bytes.starts_with(&kind.to_le_bytes()))
         && unframe(bytes, LONGEST_REASON).is_ok_and(|it| it.is_none())
 }
 
@@ -215,7 +244,7 @@ fn unframe(bytes: &[u8], longest: usize) -> Result<Option<Framed<'_>>, OfferErro
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Ok(None) };
     let [k0, k1, k2, k3, l0, l1, l2, l3] = *header;
     let kind = u32::from_le_bytes([k0, k1, k2, k3]);
-    if !matches!(kind, KIND | REASON) {
+    if !matches!(kind, KIND | REASON | PROCESS) {
         return Err(OfferError::Kind);
     }
     let length = u32::from_le_bytes([l0, l1, l2, l3]);
@@ -256,10 +285,23 @@ mod tests {
     #[test]
     fn a_reason_is_read_whole_and_harms_no_terminal() {
         let bytes = reason("no tap \u{1b}[2J");
-        assert!(may_be_reason(&bytes[..5]) && !may_be_reason(&bytes) && !may_be_reason(&[]));
-        assert_eq!(read_reason(&bytes), Some(("no tap  [2J".into(), bytes.len())));
-        assert_eq!(read_reason(&bytes[..bytes.len() - 1]), None);
-        let (long, _) = read_reason(&reason(&"\u{e4}".repeat(3000))).unwrap();
+        assert!(may_be_aside(&bytes[..5]) && !may_be_aside(&bytes) && !may_be_aside(&[]));
+        assert_eq!(read_aside(&bytes), Some((Aside::Reason("no tap  [2J".into()), bytes.len())));
+        assert_eq!(read_aside(&bytes[..bytes.len() - 1]), None);
+        let Some((Aside::Reason(long), _)) = read_aside(&reason(&"\u{e4}".repeat(3000))) else {
+            panic!("no reason");
+        };
         assert_eq!(long.len(), LONGEST_REASON);
+    }
+
+    #[test]
+    fn a_backup_says_which_process_it_is() {
+        for own in [Process::own(), None] {
+            let bytes = process(own.as_ref());
+            assert_eq!(read_aside(&bytes), Some((Aside::Process(own), bytes.len())));
+            assert!(may_be_aside(&bytes[..9]));
+        }
+        let nonsense = frame(PROCESS, b"7").unwrap();
+        assert!(read_aside(&nonsense).is_none() && !may_be_aside(&nonsense));
     }
 }

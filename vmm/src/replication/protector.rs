@@ -44,6 +44,7 @@ use super::{
     offer::Offer,
     outgoing::{Outgoing, Staged},
     outside::Outside,
+    process::Watched,
     questions::show,
     rounds::Rounds,
     settings::MOST_HELD,
@@ -245,6 +246,8 @@ pub struct Protector<R> {
     report: R,
     began: Instant,
     connection: Option<(Number, Link)>,
+    /// The process at its other end, if that is on this host.
+    backup: Option<Watched>,
     /// A new one, which takes its place if it is wanted.
     offered: Option<(Number, Link)>,
     /// What takes its place where nothing is sent: bytes dropped so far.
@@ -319,6 +322,7 @@ impl<R: Fn(Report)> Protector<R> {
             report,
             began: Instant::now(),
             connection: None,
+            backup: None,
             offered: None,
             blackhole: None,
             ends: VecDeque::new(),
@@ -365,6 +369,7 @@ impl<R: Fn(Report)> Protector<R> {
             self.take_orders();
             self.look_for_output();
             self.read();
+            self.look_for_backup();
             self.look_at_tracked();
             self.inputs.push_back(Input::Tick);
         };
@@ -402,6 +407,7 @@ impl<R: Fn(Report)> Protector<R> {
         if let Some((_, connection)) = &self.connection {
             fds.extend(connection.interest());
         }
+        fds.extend(self.backup.as_ref().and_then(Watched::interest));
         match poll(&mut fds, left.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {
                 self.task.wake.clear();

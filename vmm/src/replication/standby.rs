@@ -16,7 +16,7 @@ use machine::{Memory, Moment, Tsc};
 use parking_lot::Mutex;
 use qmp::schema::{FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationStatus};
 use replication::{
-    Backup, Connection as Number, Epoch, Event as Told, Exit, Identity, Incarnation, Input,
+    Answer, Backup, Connection as Number, Epoch, Event as Told, Exit, Identity, Incarnation, Input,
     Lineage, Mark, Message, Output, Settings, Term, Why, backup::State, contents::Reader, wire,
 };
 use rustix::{
@@ -30,6 +30,7 @@ use self::images::Kept;
 use super::{
     keeper::{Keeper, Wanted, Work},
     outside::Outside,
+    process::{self, Process, Watched},
     questions::{Query, show},
     received::Received as Arriving,
 };
@@ -132,6 +133,8 @@ pub struct Task {
     pub arbiter: Arbiter,
     /// This process.
     pub incarnation: Incarnation,
+    /// The same, as the host knows it.
+    pub process: Option<Process>,
     /// From the main thread.
     pub orders: Receiver<ToStandby>,
     /// Woken by it, and by the builder.
@@ -177,6 +180,8 @@ pub struct Standby<B, T> {
     accepted: Option<Accepted>,
     /// The connection that was accepted last.
     current: Option<Number>,
+    /// The process at its other end, if that is on this host.
+    primary: Option<Watched>,
     /// The machine that memory is for.
     offered: Option<Config>,
     memory: Option<Memory>,
@@ -234,6 +239,8 @@ struct Peer {
     reader: Option<Reader>,
     /// As its offer has them.
     settings: Option<Settings>,
+    /// The primary's process.
+    process: Option<Watched>,
 }
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
@@ -254,6 +261,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             buffer: Vec::with_capacity(MOST_AT_ONCE),
             accepted: None,
             current: None,
+            primary: None,
             offered: None,
             memory: None,
             filled: false,
@@ -297,6 +305,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             self.take_built();
             self.take_done();
             self.read();
+            self.look_for_primary();
             if self.builds_at.take_if(|at| *at <= Instant::now()).is_some() {
                 self.build();
             }
@@ -323,6 +332,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             PollFd::new(&self.task.listener, PollFlags::IN),
         ];
         reading().for_each(|peer| fds.extend(peer.connection.interest()));
+        fds.extend(self.primary.as_ref().and_then(Watched::interest));
         match poll(&mut fds, left.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(false),
@@ -439,6 +449,11 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         if let Some(query) = self.query
             && let Ok(Some(answer)) = query.answer(given)
         {
+            if answer == Answer::Down
+                && !process::may_be_down(&self.task.arbiter, &mut self.primary)
+            {
+                return;
+            }
             self.query = None;
             let Query { nonce, question } = query;
             self.inputs.push_back(Input::Answered { nonce, question, answer });

@@ -47,8 +47,9 @@ use super::{
     entrance,
     history::Pause,
     keeper::{Keeper, Wanted, Work},
-    offer::{Host as Offered, Offer},
+    offer::{self, Host as Offered, Offer},
     outside::Outside,
+    process::Process,
     protector::{Manner, Order, Orders, Protector, Report, Task, Way},
     settings::agreement,
     standby::{self, Builder, Promotion, Standby, Tell, ToStandby},
@@ -212,6 +213,7 @@ impl Backup {
             security,
             arbiter,
             incarnation: Incarnation(2),
+            process: Process::own(),
             orders: inbox,
             wake: wake.clone(),
             status: status.clone(),
@@ -936,10 +938,9 @@ fn over_tcp_both_sides_speak_tls_and_a_stranger_gets_nowhere() {
     entrance::listen(&everywhere, &Tls::Off).unwrap();
 }
 
-#[test]
-fn a_connection_may_be_two_pipes_that_are_handed_over_at_both_sides() {
-    let (_directory, _, far) = places();
-    let backup = Backup::at(&far, Given::None);
+/// A backup and its primary, connected by two pipes.
+fn through_pipes(far: &Path, arbiter: Given, on_loss: OnLoss) -> (Backup, Protected) {
+    let backup = Backup::at(far, arbiter.clone());
     let (orders, wake) = (backup.orders.clone(), backup.wake.clone());
     let connect = move || {
         let ((read, written), (back, answered)) = (pipe().unwrap(), pipe().unwrap());
@@ -949,10 +950,35 @@ fn a_connection_may_be_two_pipes_that_are_handed_over_at_both_sides() {
         Some(Descriptors::pipes(back.into(), written.into()).unwrap())
     };
     let way = Way { peer: None, security: Security::Plain(false) };
-    let (arbiter, on_loss) = (Given::None, OnLoss::Stall);
     let way = (way, Box::new(connect) as Connect);
     let special = Special::default();
     let protected = Protected::through(way, &arbiter, on_loss, Witness::default(), special);
+    (backup, protected)
+}
+
+#[test]
+fn a_connection_may_be_two_pipes_that_are_handed_over_at_both_sides() {
+    let (_directory, _, far) = places();
+    let (backup, protected) = through_pipes(&far, Given::None, OnLoss::Stall);
+    replicates(&protected, &backup);
+    drop(backup.end());
+}
+
+#[test]
+fn a_fence_that_ends_processes_needs_to_know_them() {
+    let local = Given::Fence("local".into());
+    let (_directory, _, far) = places();
+    let (backup, protected) = through_pipes(&far, local.clone(), OnLoss::Claim);
+    assert_eq!(protected.main.join().unwrap(), None, "unprotected, and unharmed");
+    let reasons = protected.host.reasons.lock().clone();
+    let why = "the fence 'local' needs the other side's process: the connection is no Unix socket";
+    assert!(reasons.iter().any(|said| said.contains(why)), "{reasons:?}");
+    assert!(backup.rooms.lock().is_empty(), "it has made room");
+    assert!(backup.end().is_err());
+    // Here it is this one.
+    let (_directory, _, far) = places();
+    let backup = Backup::at(&far, local.clone());
+    let protected = Protected::by(&far, &local, OnLoss::Claim);
     replicates(&protected, &backup);
     drop(backup.end());
 }
@@ -1027,6 +1053,8 @@ fn no_peer_disturbs_a_backup_or_the_primary_that_it_has() {
     let mut second = UnixStream::connect(&far).unwrap();
     second.write_all(&greeting(1, |_| {})).unwrap();
     second.set_read_timeout(Some(LONG)).unwrap();
+    let mut aside = offer::process(Process::own().as_ref());
+    second.read_exact(&mut aside).unwrap();
     let mut answer = [0; 4];
     second.read_exact(&mut answer).unwrap();
     assert_eq!(u32::from_le_bytes(answer), 10, "Refuse");

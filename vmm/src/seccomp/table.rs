@@ -149,6 +149,8 @@ const CALLS: &[Group] = &[
     Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_shutdown] },
     // Receives a descriptor for `getfd`, and looks where it leads.
     Group { kinds: &[Main], calls: &[SYS_recvmsg, SYS_getpeername] },
+    // The process at the other end of a Unix socket.
+    Group { kinds: &[Checkpoint, Stream], calls: &[SYS_pidfd_open] },
     // Saving into a socket; only Unix sockets can be made, see below.
     Group { kinds: &[Checkpoint], calls: &[SYS_connect] },
 ];
@@ -193,6 +195,13 @@ const LIMITED: &[Limited] = &[
         allowed: Allowed::Values(&[IPPROTO_TCP as u32]),
     },
     limited(&[Stream], SYS_fcntl, &[F_SETFL as u32]),
+    // The process at its other end.
+    Limited {
+        kinds: &[Checkpoint, Stream],
+        call: SYS_getsockopt,
+        argument: 2,
+        allowed: Allowed::Values(&[SO_PEERCRED as u32, SO_PEERPIDFD as u32]),
+    },
     // The terminal, restored at the end, whatever ends the process.
     limited(ALL, SYS_ioctl, &[TCSETS as u32, TCSETS2 as u32]),
     // Descriptors, as the standard library sets them up.

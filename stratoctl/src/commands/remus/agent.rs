@@ -111,6 +111,7 @@ fn means(ctx: &Context, place: &Place, protection: &Protection) -> anyhow::Resul
     let witness = protection.witness().map_err(|e| named("the witness", e))?;
     let mut witness =
         witness.map(|uri| Asked::new(uri, protection.identity.clone(), program.clone()));
+    witness.iter_mut().for_each(Asked::warm_up);
     let fence = protection.fence().map_err(|e| named("the fence", e))?;
     let dial = protection.dial.clone();
     let mut dialer = dial.map(|dial| dialer(place, protection, dial)).transpose()?;

@@ -32,6 +32,8 @@ use crate::{
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(10);
 /// Milliseconds between two checkpoints at most, with `-i auto`.
 const LONGEST_PERIOD: u64 = 200;
+/// Longest path of a socket (`sun_path`), with the NUL character that ends it.
+const LONGEST_SOCKET: usize = 108;
 /// How soon a witness is asked again.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -267,8 +269,16 @@ fn start(args: &Remus, protection: &Protection) -> anyhow::Result<ReplicationSta
         }
         _ => (None, None),
     };
+    // Where the monitor connects by itself, both sides know each other's process, and learn at once
+    // that it has ended.
+    let uri = match &protection.dial {
+        Some(Dial::Unix(socket)) if socket.as_os_str().len() < LONGEST_SOCKET => {
+            Some(format!("unix:{}", socket.to_str().context("the socket's path is not UTF-8")?))
+        }
+        _ => None,
+    };
     Ok(ReplicationStart {
-        uri: None,
+        uri,
         tls,
         tls_hostname,
         interval,

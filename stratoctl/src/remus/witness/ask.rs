@@ -59,6 +59,14 @@ impl Asked {
         Self { uri, identity, program, running: None, stuck: Vec::new() }
     }
 
+    /// Start the process that asks, so that the first question does not wait for that.
+    pub fn warm_up(&mut self) {
+        if self.running.is_none() {
+            // If it does not start, the first question says why.
+            self.running = self.start().ok();
+        }
+    }
+
     /// Its identity.
     ///
     /// # Errors

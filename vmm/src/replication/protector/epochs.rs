@@ -10,7 +10,7 @@ use machine::{
 };
 use qmp::schema::ReplicationBlackhole;
 use replication::{
-    Command, Epoch, Input, Room, contents,
+    Answer, Command, Epoch, Input, Room, contents,
     pace::{Cost, Pace},
     primary::State,
 };
@@ -19,6 +19,7 @@ use state::config::Halted;
 use super::super::{
     outgoing::{Outgoing, Staged},
     outside::Outside,
+    process,
     rounds::Rounds,
 };
 use super::{FirstCopy, Order, Protector, Report, Tracked};
@@ -257,7 +258,10 @@ impl<R: Fn(Report)> Protector<R> {
                 false => self.lose_track(),
             },
             Order::Answered { nonce, question, answer } => {
-                self.inputs.push_back(Input::Answered { nonce, question, answer });
+                let arbiter = &self.task.offer.host.arbiter;
+                if answer != Answer::Down || process::may_be_down(arbiter, &mut self.backup) {
+                    self.inputs.push_back(Input::Answered { nonce, question, answer });
+                }
             }
             Order::Connected(connection) => self.connected(connection),
             Order::Command(input) => self.inputs.push_back(input),

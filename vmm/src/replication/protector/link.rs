@@ -2,9 +2,15 @@
 use std::time::Instant;
 
 use qmp::Error;
-use replication::{Connection as Number, Frame, Input, Message, wire};
+use replication::{Connection as Number, Epoch, Frame, Input, Message, Refusal, Term, wire};
 
-use super::super::{READS, SLICE, blackhole, copier::Work, offer, outgoing::Next};
+use super::super::{
+    READS, SLICE, blackhole,
+    copier::Work,
+    offer::{self, Aside},
+    outgoing::Next,
+    process::{self, Watched},
+};
 use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, Report};
 use transport::Descriptors;
 
@@ -19,7 +25,7 @@ impl<R: Fn(Report)> Protector<R> {
             && let Some(new) = self.offered.take_if(|(new, _)| *new == number)
         {
             self.disconnect();
-            self.reason = None;
+            (self.reason, self.backup) = (None, None);
             self.connection = Some(new);
             self.outgoing.restart(self.task.primary.term());
         }
@@ -153,6 +159,13 @@ impl<R: Fn(Report)> Protector<R> {
         }
     }
 
+    /// Whether the backup's process has ended. What it has sent comes first.
+    pub(super) fn look_for_backup(&mut self) {
+        if self.connection.is_none() && self.backup.as_mut().is_some_and(Watched::tells_end) {
+            self.inputs.push_back(Input::PeerGone);
+        }
+    }
+
     /// The connection in use.
     pub(super) fn current(&self) -> Option<Number> {
         let nowhere = self.blackhole.map(|(number, _)| number);
@@ -171,9 +184,25 @@ impl<R: Fn(Report)> Protector<R> {
             let mut at = 0;
             loop {
                 let rest = self.reader.0.get(at..).unwrap_or_default();
-                if let Some((why, length)) = offer::read_reason(rest) {
-                    log::warn!("replication: the backup says: {why}");
-                    (self.reason, at) = (Some(why), at + length);
+                if let Some((aside, length)) = offer::read_aside(rest) {
+                    at += length;
+                    match aside {
+                        Aside::Reason(why) => {
+                            log::warn!("replication: the backup says: {why}");
+                            self.reason = Some(why);
+                        }
+                        Aside::Process(said) => {
+                            let host = &self.task.offer.host;
+                            let own = host.process.as_ref();
+                            let found = process::find(connection, own, said.as_ref());
+                            if let (Err(why), true) = (&found, process::is_needed(&host.arbiter)) {
+                                self.reason = Some(process::refusal(why));
+                                let term = self.task.primary.term();
+                                self.inputs.push_back(Input::Received(number, refused(term)));
+                            }
+                            self.backup = found.ok();
+                        }
+                    }
                     continue;
                 }
                 match wire::decode(rest) {
@@ -192,7 +221,7 @@ impl<R: Fn(Report)> Protector<R> {
                     }
                     Err(wire::WireError::Truncated) => break,
                     // Not all of it has come.
-                    Err(_) if offer::may_be_reason(rest) => break,
+                    Err(_) if offer::may_be_aside(rest) => break,
                     Err(e) => return self.lost(&e),
                 }
             }
@@ -228,4 +257,10 @@ impl<R: Fn(Report)> Protector<R> {
             self.lost(&Error::generic(&e));
         }
     }
+}
+
+/// What a backup would say that does not agree.
+fn refused(term: Term) -> Frame {
+    let message = Message::Refuse(Refusal::Agreement);
+    Frame { term, epoch: Epoch::default(), message }
 }

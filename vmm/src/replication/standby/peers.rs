@@ -14,6 +14,7 @@ use super::super::{
     READS, SLICE,
     keeper::Work,
     offer::{self, Offer},
+    process::{self, Watched},
     received::{SECTIONS, written},
     settings,
 };
@@ -41,7 +42,8 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             self.close(waits.map(|peer| peer.number));
         }
         let bytes = Vec::new();
-        self.peers.push(Peer { number, connection, bytes, reader: None, settings: None });
+        let (reader, settings, process) = (None, None, None);
+        self.peers.push(Peer { number, connection, bytes, reader, settings, process });
     }
 
     pub(super) fn close(&mut self, number: Option<Number>) {
@@ -64,6 +66,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let filling = self.backup.as_ref().is_some_and(|b| b.state() == State::Syncing);
         self.accepted = Some(Accepted { number, term, last, filling });
         self.current = Some(number);
+        self.primary = self.peer(number).and_then(|peer| peer.process.take());
         self.coming.clear();
     }
 
@@ -73,6 +76,15 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             let until = Instant::now() + SLICE;
             (0..READS)
                 .all(|_| self.reads(number) && self.read_some(number) && Instant::now() < until);
+        }
+    }
+
+    /// Whether the primary's process has ended. What it has sent comes first.
+    pub(super) fn look_for_primary(&mut self) {
+        if self.current.is_none() && self.primary.as_mut().is_some_and(Watched::tells_end) {
+            self.inputs.push_back(Input::PeerGone);
+            // It will not connect again.
+            self.builds_at = self.builds_at.map(|_| Instant::now());
         }
     }
 
@@ -128,7 +140,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     }
 
     pub(super) fn take_bytes(&mut self, number: Number, bytes: &[u8]) -> Result<(), String> {
-        let Some(peer) = self.peer(number) else { return Ok(()) };
+        let Some(peer) = self.peers.iter_mut().find(|peer| peer.number == number) else {
+            return Ok(());
+        };
         let rest;
         let (mut reader, bytes) = match peer.reader.take() {
             Some(reader) => (reader, bytes),
@@ -140,9 +154,16 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                     Some((offer, length)) => {
                         rest = peer.bytes.split_off(length);
                         peer.bytes = Vec::new();
-                        let (reader, settings, differs) = self.offered(offer)?;
+                        let own = self.task.process.clone();
+                        let said = offer.host.process.as_ref();
+                        let process = process::find(&peer.connection, own.as_ref(), said);
+                        let needed = process::is_needed(&self.task.arbiter);
+                        let unknown = process.as_ref().err().filter(|_| needed);
+                        let unknown = unknown.map(process::refusal);
+                        let (reader, settings, differs) = self.offered(offer, unknown)?;
                         if let Some(peer) = self.peer(number) {
-                            peer.settings = Some(settings);
+                            peer.connection.send(offer::process(own.as_ref()));
+                            (peer.settings, peer.process) = (Some(settings), process.ok());
                             if let Some(why) = &differs {
                                 peer.connection.send(offer::reason(why));
                             }
@@ -159,19 +180,22 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         read
     }
 
-    /// A primary offers a machine.
-    fn offered(&mut self, offer: Offer) -> Result<(Reader, Settings, Option<String>), String> {
+    /// A primary offers a machine, which is refused if it `differs`.
+    fn offered(
+        &mut self,
+        offer: Offer,
+        mut differs: Option<String>,
+    ) -> Result<(Reader, Settings, Option<String>), String> {
         let Offer { timeout, host, config } = offer;
         let description =
             Description::try_from(&config).map_err(|e| qmp::Error::generic(&e).to_string())?;
         let size = description.config.memory.size.bytes();
-        let mut differs = None;
         if !self.is_offered(&config) {
             if !self.listens() {
                 return Err("another machine is offered than the one that is here".into());
             }
             (self.offered, self.memory, self.filled) = (None, None, false);
-            differs = host.differs(&self.task.arbiter);
+            differs = differs.or_else(|| host.differs(&self.task.arbiter));
             if differs.is_none() {
                 let opened = self.open_images(&description);
                 let guest = Some((host.cpu, host.tsc));
@@ -184,7 +208,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         if let Some(why) = &differs {
             log::warn!("replication: the machine is refused: {why}");
         }
-        let runs_here = self.memory.is_some();
+        let runs_here = self.memory.is_some() && differs.is_none();
         let settings = settings::of_backup(&self.task.arbiter, timeout, runs_here);
         let bounds = Bounds {
             ram: self.memory.iter().map(|_| 0..size).collect(),

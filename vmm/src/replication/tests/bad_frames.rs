@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     checkpoint::last_frames,
     replication::{
-        offer,
+        offer::{self, Aside},
         outgoing::MACHINE,
         outside::{OUTSIDE, Outside},
     },
@@ -44,9 +44,12 @@ impl Peer {
     /// The next thing that is no beat.
     fn hear(&mut self) -> Said {
         loop {
-            if let Some((why, length)) = offer::read_reason(&self.bytes) {
+            if let Some((aside, length)) = offer::read_aside(&self.bytes) {
                 self.bytes.drain(..length);
-                return Said::Reason(why);
+                match aside {
+                    Aside::Reason(why) => return Said::Reason(why),
+                    Aside::Process(_) => continue,
+                }
             }
             if let Ok((frame, length)) = wire::decode(&self.bytes) {
                 self.bytes.drain(..length);
