@@ -130,15 +130,16 @@ impl Start {
     }
 
     fn decided(&mut self, bond: Bond, record: Record) {
-        if record.reading(self.base.party(), self.base.rules) == Reading::Mine {
-            return self.won(bond);
-        }
         // The predecessor was granted the term and died before its sidecar said `running`: the
-        // guest never ran here, and its primary still has it.
+        // guest never ran here, and its primary still has it. That comes first, as this process may
+        // have its predecessor's number.
         let settle = bond.unused(Answer::Record(Some(record)));
         if let (Some(settle), true) = (settle, self.base.rules.hold(Rule::Yield)) {
             self.state = State::Settling(bond);
             return self.base.ask(settle);
+        }
+        if record.reading(self.base.party(), self.base.rules) == Reading::Mine {
+            return self.won(bond);
         }
         // What was given back is an earlier process of the primary's side, dead or not: its image is
         // the newest that there is.
@@ -186,5 +187,46 @@ impl crate::Searched for Start {
 
     fn base_mut(&mut self) -> &mut Base {
         &mut self.base
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        identity::{Digest, Lineage, Pair, Party},
+        settings::{Agreement, OnLoss},
+    };
+
+    const PRIMARY: Incarnation = Incarnation(1);
+    const BACKUP: Incarnation = Incarnation(2);
+
+    #[test]
+    fn what_the_predecessor_was_granted_and_never_ran_is_given_back_also_under_its_number() {
+        let pair = Pair { primary: PRIMARY, backup: BACKUP };
+        let bond = Bond { term: Term(1), pair, side: Side::Backup };
+        let settings = Settings {
+            agreement: Agreement { arbiter: Arbiter::Witness(Digest(1)), machine: Digest(0) },
+            timeout: Duration::from_secs(1),
+            period: Duration::from_millis(25),
+            ack_limit: Duration::from_secs(10),
+            on_loss: OnLoss::Claim,
+            leave_slow: true,
+        };
+        let winner = Party { side: Side::Backup, incarnation: BACKUP };
+        let record = Record { word: Word::Promote, winner, settled: None };
+        for incarnation in [BACKUP, Incarnation(3)] {
+            let me = Identity { lineage: Lineage(7), incarnation };
+            let (mut start, outputs) = Start::new(me, Mark::Protected(bond), settings, Rules::ALL);
+            let [Output::Ask { nonce, question }] = outputs[..] else { panic!("{outputs:?}") };
+            let answer = Answer::Record(Some(record));
+            let outputs = start.step(Duration::ZERO, Input::Answered { nonce, question, answer });
+            let to = Settled::Yielded { to: PRIMARY };
+            let settle = Question::Settle { term: Term(1), winner: BACKUP, to };
+            let asks = matches!(outputs[..], [Output::Ask { question, .. }] if question == settle);
+            assert!(asks, "{incarnation:?}: {outputs:?}");
+        }
     }
 }
