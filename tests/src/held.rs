@@ -1,6 +1,6 @@
-//! A file system whose server answers only when the test lets it: a FUSE mount (linux/fuse.h) that
-//! holds every request of the selected kinds, as a dead NFS server would. Needs root. The files are
-//! in memory, in one flat directory.
+//! A file system whose server answers as the test lets it: a FUSE mount (linux/fuse.h) that holds
+//! every request of the selected kinds, as a dead NFS server would, or fails them, as a broken disk.
+//! Needs root. The files are in memory, in one flat directory.
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -31,10 +31,13 @@ impl Op {
     pub const STATFS: Self = Self(17);
     pub const GETATTR: Self = Self(3);
     pub const SETATTR: Self = Self(4);
+    pub const LINK: Self = Self(13);
+    pub const FALLOCATE: Self = Self(43);
 }
 
 const ROOT: u64 = 1;
 const ENOENT: i32 = 2;
+const EEXIST: i32 = 17;
 const ENOSYS: i32 = 38;
 /// Longest piece of data that the kernel sends at once.
 const LONGEST_WRITE: u32 = 128 << 10;
@@ -53,9 +56,13 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// By number, from 2: name and contents.
-    files: BTreeMap<u64, (String, Vec<u8>)>,
+    /// By number, from 2: names and contents.
+    files: BTreeMap<u64, (Vec<String>, Vec<u8>)>,
     holds: BTreeSet<Op>,
+    /// Kinds of requests that fail, for which file, and how.
+    fails: Vec<(Op, String, i32)>,
+    /// See [`Held::repeat_links`].
+    repeats: bool,
     /// Requests that wait for their answer.
     kept: Vec<Request>,
 }
@@ -74,7 +81,7 @@ impl Held {
         let options = CString::new(options)?;
         mount("held", place, "fuse", MountFlags::empty(), Some(&*options)).context("mount")?;
         let number = (2..).zip(files);
-        let files = number.map(|(n, (name, data))| (n, ((*name).to_owned(), data.to_vec())));
+        let files = number.map(|(n, (name, data))| (n, (vec![(*name).to_owned()], data.to_vec())));
         let state = State { files: files.collect(), ..State::default() };
         let shared = Shared { device, state: Mutex::new(state), changed: Condvar::new() };
         let this = Self { place: place.to_owned(), shared: Arc::new(shared) };
@@ -92,6 +99,22 @@ impl Held {
     /// Requests of this kind get no answer from now on.
     pub fn hold(&self, op: Op) {
         self.shared.state().holds.insert(op);
+    }
+
+    /// Requests of this kind for the file `name` fail with this error number from now on.
+    pub fn fail(&self, op: Op, name: &str, error: i32) {
+        self.shared.state().fails.push((op, name.to_owned(), error));
+    }
+
+    /// Nothing fails any more.
+    pub fn mend(&self) {
+        self.shared.state().fails.clear();
+    }
+
+    /// From now on links are made, and answered as if they had been there before: so an NFS server
+    /// answers that gets a request again because its first reply was lost.
+    pub fn repeat_links(&self) {
+        self.shared.state().repeats = true;
     }
 
     /// Waits until one of this kind is held.
@@ -134,7 +157,7 @@ impl Held {
     #[must_use]
     pub fn contents(&self, name: &str) -> Vec<u8> {
         let state = self.shared.state();
-        let file = state.files.values().find(|(known, _)| known == name);
+        let file = state.files.values().find(|(known, _)| known.iter().any(|known| known == name));
         file.map(|(_, data)| data.clone()).unwrap_or_default()
     }
 }
@@ -229,6 +252,9 @@ impl Request {
 impl State {
     /// `None`: the kernel waits for no answer.
     fn answer(&mut self, request: &Request) -> Option<Result<Vec<u8>, i32>> {
+        if let Some(error) = self.failure(request) {
+            return Some(Err(error));
+        }
         let answer = match request.op.0 {
             // FORGET, BATCH_FORGET, INTERRUPT
             2 | 42 | 36 => return None,
@@ -248,18 +274,23 @@ impl State {
             17 => {
                 Ok([&[0; 40][..], &4096u32.to_le_bytes(), &255u32.to_le_bytes(), &[0; 32]].concat())
             }
-            // RELEASE, RELEASEDIR, FSYNC, FLUSH; READDIR of an empty directory
-            18 | 29 | 20 | 25 | 28 => Ok(Vec::new()),
+            // RELEASE, RELEASEDIR, FSYNC, FLUSH
+            18 | 29 | 20 | 25 => Ok(Vec::new()),
+            28 => Ok(self.directory(request)),
+            13 => self.link(request),
+            43 => self.allocate(request),
             // CREATE: struct fuse_create_in, then the name
             35 => {
                 let number = self.files.keys().max().map_or(2, |last| last + 1);
                 let name = request.name(16);
-                self.files.insert(number, (name.clone(), Vec::new()));
+                self.files.insert(number, (vec![name.clone()], Vec::new()));
                 self.lookup(&name).map(|entry| [&entry[..], &[0; 16]].concat())
             }
             // UNLINK
             10 => {
-                self.files.retain(|_, (name, _)| *name != request.name(0));
+                let name = request.name(0);
+                self.files.values_mut().for_each(|(names, _)| names.retain(|known| *known != name));
+                self.files.retain(|_, (names, _)| !names.is_empty());
                 Ok(Vec::new())
             }
             _ => Err(ENOSYS),
@@ -267,10 +298,58 @@ impl State {
         Some(answer)
     }
 
+    fn failure(&self, request: &Request) -> Option<i32> {
+        let (names, _) = self.files.get(&request.node)?;
+        let fails = |(op, name, _): &&(Op, String, i32)| *op == request.op && names.contains(name);
+        self.fails.iter().find(fails).map(|(_, _, error)| *error)
+    }
+
+    /// Of `struct fuse_read_in` the offset and the size: entries, each a `struct fuse_dirent`.
+    fn directory(&self, request: &Request) -> Vec<u8> {
+        let (from, size) = (request.u64(8), request.u32(16) as usize);
+        let entries =
+            self.files.iter().flat_map(|(node, (names, _))| names.iter().map(move |n| (node, n)));
+        let mut answer = Vec::new();
+        for (offset, (node, name)) in (1_u64..).zip(entries).filter(|(offset, _)| *offset > from) {
+            let header = [&node.to_le_bytes()[..], &offset.to_le_bytes()].concat();
+            let length = name.len() as u32;
+            let entry = [&header[..], &length.to_le_bytes(), &8_u32.to_le_bytes(), name.as_bytes()]
+                .concat();
+            if answer.len() + entry.len().next_multiple_of(8) > size {
+                break;
+            }
+            answer.extend(entry);
+            answer.resize(answer.len().next_multiple_of(8), 0);
+        }
+        answer
+    }
+
+    /// `struct fuse_link_in`, and the new name.
+    fn link(&mut self, request: &Request) -> Result<Vec<u8>, i32> {
+        let name = request.name(8);
+        if self.lookup(&name).is_ok() {
+            return Err(EEXIST);
+        }
+        self.files.get_mut(&request.u64(0)).ok_or(ENOENT)?.0.push(name.clone());
+        if self.repeats { Err(EEXIST) } else { self.lookup(&name) }
+    }
+
+    /// Of `struct fuse_fallocate_in` the offset and the length.
+    fn allocate(&mut self, request: &Request) -> Result<Vec<u8>, i32> {
+        let (_, data) = self.files.get_mut(&request.node).ok_or(ENOENT)?;
+        let end = usize::try_from(request.u64(8) + request.u64(16)).unwrap_or(usize::MAX);
+        if data.is_empty() {
+            // Takes no memory until it is written.
+            *data = vec![0; end];
+        }
+        data.resize(data.len().max(end), 0);
+        Ok(Vec::new())
+    }
+
     /// `struct fuse_entry_out`
     fn lookup(&self, name: &str) -> Result<Vec<u8>, i32> {
-        let found = self.files.iter().find(|(_, (known, _))| known == name);
-        let node = *found.ok_or(ENOENT)?.0;
+        let is_so = |known: &(_, &(Vec<String>, _))| known.1.0.iter().any(|known| known == name);
+        let node = *self.files.iter().find(is_so).ok_or(ENOENT)?.0;
         Ok([&node.to_le_bytes()[..], &[0; 32], &self.attr(node)?].concat())
     }
 

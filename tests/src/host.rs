@@ -29,7 +29,7 @@ use crate::paths::{BINARY, CACHE, GUEST_KERNEL, Paths, SCRATCH, SEED, atomically
 const OVERRIDE: &str = "STRATOVIRT_HOST";
 /// Begins a line that is meant for this program rather than for people.
 pub const CONTROL: u8 = 0x1e;
-/// What the emulated host needs to have a KVM, disks, taps, bridges and a console.
+/// What the emulated host needs to have a KVM, disks, taps, bridges, FUSE and a console.
 const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
@@ -37,6 +37,7 @@ const MODULES: &[&str] = &[
     "kvm_amd",
     "tun",
     "bridge",
+    "fuse",
     "vhost_net",
     "vhost_vsock",
 ];

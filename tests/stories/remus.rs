@@ -9,8 +9,12 @@ mod disks;
 mod failover;
 #[path = "remus/guest.rs"]
 mod guest;
+#[path = "remus/killed.rs"]
+mod killed;
 #[path = "remus/link.rs"]
 mod link;
+#[path = "remus/slow.rs"]
+mod slow;
 
 use std::env;
 use std::sync::Arc;
@@ -27,9 +31,11 @@ const STORIES: &[(&str, Test)] = &[
     ("the_counter_goes_on_when_the_primary_is_killed", failover::counter_goes_on),
     ("the_counter_goes_on_through_many_failovers", failover::again_and_again),
     ("a_primary_that_stands_still_comes_back", backup::flaps),
-    ("a_primary_that_stands_still_for_long_is_fenced", backup::is_fenced),
     ("a_backup_that_stands_still_is_taken_again", backup::is_taken_again),
     ("a_backup_that_is_killed_is_not_missed", backup::is_killed),
+    ("a_backup_that_is_lost_early_is_not_missed", killed::before_it_is_armed),
+    ("a_backup_that_hangs_is_replaced_in_the_next_term_only", killed::is_replaced),
+    ("a_backup_that_cannot_run_the_guest_gives_it_back", backup::gives_back),
     ("a_paused_guest_stays_paused_at_its_backup", backup::stays_paused),
     ("a_guest_that_reboots_stays_protected", backup::reboots),
     ("a_guest_that_has_ended_stays_so", backup::ends),
@@ -38,6 +44,8 @@ const STORIES: &[(&str, Test)] = &[
     ("a_link_that_is_cut_leaves_one_owner", link::is_cut),
     ("a_stopped_primary_says_nothing_later", link::primary_is_stopped),
     ("loss_and_delay_are_no_failure", link::is_bad),
+    ("a_link_that_is_too_slow_slows_the_guest_down", slow::link_is_slow),
+    ("a_backup_whose_storage_fails_costs_the_guest_nothing", slow::storage_fails),
     ("flipped_bits_end_a_connection_and_nothing_else", link::flips_bits),
 ];
 

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::guest::{Kernel, replicated_initramfs};
 use crate::lab::hosts::{GUEST_MAC, Hosts, Side, TAP};
+use crate::lab::namespace::shift_clocks;
 use crate::monitor::{Monitor, Vm};
 use crate::paths::{GUEST_KERNEL, Paths};
 
@@ -15,6 +16,8 @@ use crate::paths::{GUEST_KERNEL, Paths};
 const MIB: u64 = 64;
 /// MiB that Debian's kernel needs.
 const DEBIAN_MIB: u64 = 128;
+/// Seconds by which the clocks of the right host are ahead.
+const AHEAD: u32 = 100_000;
 
 /// The machine: one vCPU and a NIC. With 64 MiB and the kernel that `STRATOVIRT_GUEST_KERNEL`
 /// names, or with 128 MiB and Debian's.
@@ -38,12 +41,17 @@ pub fn pace() -> Duration {
     Duration::from_millis(if env::var_os(GUEST_KERNEL).is_some() { 1 } else { 50 })
 }
 
-/// Starts `vm` in a host; its files are in `dir`.
+/// Starts `vm` in a host; its files are in `dir`. The two hosts have different clocks.
 ///
 /// # Errors
 /// The monitor cannot be started.
 pub fn start(vm: Vm, hosts: &Hosts, side: Side, paths: &Paths, dir: &Path) -> Result<Monitor> {
-    hosts.host(side).enter(|| vm.start(paths, dir))?
+    hosts.host(side).enter(|| {
+        if side == Side::Right {
+            shift_clocks(AHEAD)?;
+        }
+        vm.start(paths, dir)
+    })?
 }
 
 /// Starts a monitor in a host that waits there for the machine; `from` is as its `-incoming` has

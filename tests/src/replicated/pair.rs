@@ -51,8 +51,8 @@ pub struct Pair<'a> {
     certificates: PathBuf,
     /// Processes started so far.
     count: u16,
-    /// The machine has a disk, with an image at each host.
-    disk: bool,
+    /// The images of the machine's disk at both hosts, if it has one.
+    images: Option<[PathBuf; 2]>,
 }
 
 /// A process that runs the guest, or waits to.
@@ -111,6 +111,35 @@ impl Machine {
         }
     }
 
+    /// Waits until replication is in that state.
+    ///
+    /// # Errors
+    /// It does not become so in time.
+    pub fn wait_state(&mut self, state: &str) -> Result<Value> {
+        let is_so = |info: &Value| info.get("state").and_then(Value::as_str) == Some(state);
+        let reached = self.wait_until(state, is_so);
+        reached.with_context(|| self.monitor.said())
+    }
+
+    /// A number of [`Self::replication`].
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn number(&mut self, name: &str) -> Result<u64> {
+        let info = self.replication()?;
+        info.get(name).and_then(Value::as_u64).with_context(|| format!("no {name} in {info}"))
+    }
+
+    /// Waits until that many more checkpoints are acknowledged.
+    ///
+    /// # Errors
+    /// They are not in time.
+    pub fn checkpoints(&mut self, more: u64) -> Result<()> {
+        let enough = self.number("acked")? + more;
+        let acked = |info: &Value| info.get("acked").and_then(Value::as_u64);
+        self.wait_until("checkpoints", |info| acked(info) >= Some(enough)).map(|_| ())
+    }
+
     /// Sends its process a signal.
     ///
     /// # Errors
@@ -130,7 +159,7 @@ impl<'a> Pair<'a> {
         let certificates = dir.join("tls");
         certificates::write(&certificates)?;
         let (witness, dir) = (Arc::default(), dir.to_owned());
-        Ok(Self { hosts, witness, tls: true, paths, dir, certificates, count: 0, disk: false })
+        Ok(Self { hosts, witness, tls: true, paths, dir, certificates, count: 0, images: None })
     }
 
     /// With a disk of these contents; only the host that boots the guest has its image.
@@ -138,14 +167,23 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// The image cannot be written.
     pub fn with_disk(self, side: Side, contents: &[u8]) -> Result<Self> {
-        fs::write(self.image(side), contents)?;
-        Ok(Self { disk: true, ..self })
+        let images = [Side::Left, Side::Right].map(|side| self.dir.join(format!("{side:?}.img")));
+        let this = Self { images: Some(images), ..self };
+        fs::write(this.image(side).context("no image")?, contents)?;
+        Ok(this)
     }
 
-    /// The image of the disk at a host.
+    /// The image of the disk at a host, if the machine has one.
     #[must_use]
-    pub fn image(&self, side: Side) -> PathBuf {
-        self.dir.join(format!("{side:?}.img"))
+    pub fn image(&self, side: Side) -> Option<&Path> {
+        self.images.as_ref()?.get(side.port()).map(PathBuf::as_path)
+    }
+
+    /// From now on the image at a host is this file.
+    pub fn put_image(&mut self, side: Side, file: PathBuf) {
+        if let Some(place) = self.images.as_mut().and_then(|images| images.get_mut(side.port())) {
+            *place = file;
+        }
     }
 
     /// Boots the guest at a host.
@@ -162,9 +200,9 @@ impl<'a> Pair<'a> {
     /// As [`Self::boot`].
     pub fn boot_with(&mut self, side: Side, args: &[&str]) -> Result<Machine> {
         let dir = self.fresh()?;
-        let vm = match self.disk {
-            true => vm(self.paths)?.disk("disk", &self.image(side), false),
-            false => vm(self.paths)?,
+        let vm = match self.image(side) {
+            Some(image) => vm(self.paths)?.disk("disk", image, false),
+            None => vm(self.paths)?,
         };
         let mut monitor = start(vm.args(args), self.hosts, side, self.paths, &dir)?;
         monitor.wait_for("guest: ready", BOOT)?;
@@ -212,22 +250,45 @@ impl<'a> Pair<'a> {
         witness: Option<&str>,
         way: impl FnOnce(SocketAddr) -> Result<SocketAddr>,
     ) -> Result<Machine> {
-        let side = primary.side.other();
+        let (backup, address) = self.backup_by(primary.side.other(), witness)?;
+        self.lead(primary, way(address)?)?;
+        self.begin_by(primary, protection, witness, &json!({}))?;
+        Self::await_protection(primary, &backup)?;
+        Ok(backup)
+    }
+
+    /// Starts a process at a host that waits there for a primary; at which address.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn backup(&mut self, side: Side) -> Result<(Machine, SocketAddr)> {
+        self.backup_by(side, Some(WITNESS))
+    }
+
+    fn backup_by(&mut self, side: Side, witness: Option<&str>) -> Result<(Machine, SocketAddr)> {
         let dir = self.fresh()?;
         let address = SocketAddr::from((side.address(), PORT + self.count));
         let decided = witness.map(|identity| format!(",witness={identity}")).unwrap_or_default();
         let from = format!("replicate:tcp:{address},tls={}{decided}", self.tls());
-        let drive = format!("id=disk,file={}", self.image(side).display());
-        let vm = match self.disk {
-            true => waiting(&from).args(&["-drive", &drive]),
-            false => waiting(&from),
+        let drive = self.image(side).map(|image| format!("id=disk,file={}", image.display()));
+        let vm = match &drive {
+            Some(drive) => waiting(&from).args(&["-drive", drive]),
+            None => waiting(&from),
         };
         let monitor = start(vm, self.hosts, side, self.paths, &dir)?;
-        let backup = self.machine(side, monitor, &dir)?;
+        Ok((self.machine(side, monitor, &dir)?, address))
+    }
+
+    /// From now on the primary's agent connects to the backup at this address.
+    ///
+    /// # Errors
+    /// Its monitor has ended.
+    pub fn lead(&self, primary: &mut Machine, to: SocketAddr) -> Result<()> {
         let host = self.hosts.host(primary.side);
-        primary.dialer = Some(Dialer::start(&primary.socket, host, way(address)?)?);
-        self.begin(primary, &backup, protection, witness)?;
-        Ok(backup)
+        // The old one ends first: both would answer.
+        primary.dialer = None;
+        primary.dialer = Some(Dialer::start(&primary.socket, host, to)?);
+        Ok(())
     }
 
     /// Protects the guest again by a backup that it has had before.
@@ -240,7 +301,28 @@ impl<'a> Pair<'a> {
         backup: &Machine,
         protection: Protection,
     ) -> Result<()> {
-        self.begin(primary, backup, protection, Some(WITNESS))
+        self.begin(primary, protection, &json!({}))?;
+        Self::await_protection(primary, backup)
+    }
+
+    /// Begins to protect the guest by the backup that its agent is led to, and does not wait until it
+    /// is protected. `more` are further arguments of `replication-start`.
+    ///
+    /// # Errors
+    /// The monitor refuses it.
+    pub fn begin(&self, primary: &mut Machine, protection: Protection, more: &Value) -> Result<()> {
+        self.begin_by(primary, protection, Some(WITNESS), more)
+    }
+
+    /// Waits until the guest is protected.
+    ///
+    /// # Errors
+    /// It is not in time.
+    pub fn await_protection(primary: &Machine, backup: &Machine) -> Result<()> {
+        primary.agent.wait_state("protected", SOON).with_context(|| {
+            format!("primary: {}\nbackup: {}", primary.monitor.said(), backup.monitor.said())
+        })?;
+        Ok(())
     }
 
     /// The certificates, or that there are none, as the monitor has it.
@@ -248,12 +330,12 @@ impl<'a> Pair<'a> {
         if self.tls { self.certificates.display().to_string() } else { "off".to_owned() }
     }
 
-    fn begin(
+    fn begin_by(
         &self,
         primary: &mut Machine,
-        backup: &Machine,
         protection: Protection,
         witness: Option<&str>,
+        more: &Value,
     ) -> Result<()> {
         let mut arguments = json!({
             "tls": self.tls(),
@@ -265,15 +347,11 @@ impl<'a> Pair<'a> {
         };
         if let Some(arguments) = arguments.as_object_mut() {
             arguments.insert(rhythm.0.to_owned(), json!(rhythm.1));
-        }
-        if let (Some(identity), Some(arguments)) = (witness, arguments.as_object_mut()) {
-            arguments.insert("witness".to_owned(), json!(identity));
+            arguments.extend(witness.map(|identity| ("witness".to_owned(), json!(identity))));
+            arguments.extend(more.as_object().cloned().unwrap_or_default());
         }
         primary.agent.forget();
         primary.qmp.execute_raw("replication-start", arguments)?;
-        primary.agent.wait_state("protected", SOON).with_context(|| {
-            format!("primary: {}\nbackup: {}", primary.monitor.said(), backup.monitor.said())
-        })?;
         Ok(())
     }
 

@@ -17,9 +17,13 @@ const CRC: usize = 4;
 /// Longest frame, in bytes: more than any of the monitor's.
 const LONGEST: usize = 8 << 20;
 
-/// The step of an epoch at which nothing more gets through.
+/// The step of an epoch, or of the beginning of a term, at which nothing more gets through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
+    /// The backup takes the machine that it was offered, and the primary does not hear that.
+    Offered,
+    /// The backup has the first epoch, and does not hear that it may run the guest.
+    Armed,
     /// The epoch was captured; the backup does not hear of it.
     Begun,
     /// The backup has the first half of a frame.
@@ -35,7 +39,7 @@ pub enum Step {
 }
 
 impl Step {
-    /// All steps, in order.
+    /// The steps of an epoch, in order.
     pub const ALL: [Self; 6] =
         [Self::Begun, Self::Torn, Self::Pages, Self::Ending, Self::Acknowledged, Self::Released];
 
@@ -43,7 +47,9 @@ impl Step {
     /// `pages` of its epoch have passed.
     const fn cut(self, kind: u32, back: bool, pages: u64) -> Option<Cut> {
         match (self, back, kind) {
-            (Self::Begun, false, BEGIN) => Some(Cut::Before),
+            (Self::Offered, true, ACCEPT)
+            | (Self::Armed, false, ARMED)
+            | (Self::Begun, false, BEGIN) => Some(Cut::Before),
             (Self::Torn, false, PAGES..=SECTION) => Some(Cut::Within),
             (Self::Pages, false, PAGES..=SECTION) if pages > 0 => Some(Cut::Before),
             (Self::Ending, false, END) => Some(Cut::Before),
@@ -55,8 +61,10 @@ impl Step {
 }
 
 // Kinds of frames, as the crate `replication` numbers them.
+const ACCEPT: u32 = 9;
 const END: u32 = 11;
 const ACK: u32 = 12;
+const ARMED: u32 = 14;
 const BEGIN: u32 = 32;
 const PAGES: u32 = 33;
 const SECTION: u32 = 36;
@@ -125,14 +133,19 @@ impl Relay {
         Ok((Self(shared), address))
     }
 
+    /// Lets nothing more through from this step of the next epoch on.
+    pub fn cut_at(&self, step: Step) {
+        self.0.lock().step = Some(step);
+    }
+
     /// Waits until an epoch is at this step. Nothing gets through any more then.
     ///
     /// # Errors
     /// There is none within `limit`.
     pub fn wait(&self, step: Step, limit: Duration) -> Result<Instant> {
         let deadline = Instant::now() + limit;
+        self.cut_at(step);
         let mut state = self.0.lock();
-        state.step = Some(step);
         while !state.reached {
             let left = deadline.saturating_duration_since(Instant::now());
             ensure!(!left.is_zero(), "no epoch was at the step {step:?} within {limit:?}");

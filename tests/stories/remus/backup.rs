@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use stories::agent::Story;
-use stories::lab::hosts::{Hosts, Side};
+use stories::lab::hosts::{Hosts, Side, TAP};
 use stories::monitor::{BOOT, SOON};
 use stories::replicated::client::Client;
 use stories::replicated::counter::{Counter, Manner};
@@ -43,35 +43,6 @@ fn signal(pid: u32, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn query(machine: &mut Machine) -> Result<Value> {
-    Ok(machine.qmp.execute_raw("query-replication", json!({}))?)
-}
-
-fn number(machine: &mut Machine, name: &str) -> Result<u64> {
-    let info = query(machine)?;
-    info.get(name).and_then(Value::as_u64).with_context(|| format!("no {name} in {info}"))
-}
-
-/// Waits until that many more checkpoints are acknowledged.
-fn checkpoints(primary: &mut Machine, more: u64) -> Result<()> {
-    let (begin, deadline) = (number(primary, "acked")?, Instant::now() + SOON);
-    while number(primary, "acked")? < begin + more {
-        ensure!(Instant::now() < deadline, "no checkpoints: {}", query(primary)?);
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
-}
-
-fn wait_for_state(machine: &mut Machine, state: &str) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    while query(machine)?.get("state") != Some(&json!(state)) {
-        let said = machine.monitor.said();
-        ensure!(Instant::now() < deadline, "not {state}: {}, {said}", query(machine)?);
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
-}
-
 fn status(machine: &mut Machine) -> Result<Value> {
     Ok(machine.qmp.execute_raw("query-status", json!({}))?)
 }
@@ -87,23 +58,30 @@ pub fn flaps(story: &Story) -> Result<()> {
     let mut backup = pair.protect_by_hand(&mut primary, PROTECTION)?;
     for _ in 0..3 {
         let stopped = Stopped::new(&primary)?;
-        wait_for_state(&mut backup, "suspecting")?;
+        backup.wait_state("suspecting")?;
         // Longer than building takes.
         thread::sleep(PROTECTION.timeout);
         drop(stopped);
-        wait_for_state(&mut primary, "protected")?;
-        checkpoints(&mut primary, 3)?;
-        wait_for_state(&mut backup, "standby")?;
+        primary.wait_state("protected")?;
+        primary.checkpoints(3)?;
+        backup.wait_state("standby")?;
         client.check_memory(SOON)?;
     }
+    // The other way around.
+    let stopped = Stopped::new(&backup)?;
+    primary.wait_state("stalled")?;
+    drop(stopped);
+    primary.wait_state("protected")?;
+    primary.checkpoints(3)?;
+    backup.wait_state("standby")?;
     let (uptime, since) = (client.uptime(SOON)?, Instant::now());
-    checkpoints(&mut primary, 3)?;
+    primary.checkpoints(3)?;
     let rounds = client.check_memory(SOON)?;
-    checkpoints(&mut primary, 2)?;
+    primary.checkpoints(2)?;
     drop(primary);
-    wait_for_state(&mut backup, "suspecting")?;
+    backup.wait_state("suspecting")?;
     backup.qmp.execute_raw("replication-failover", json!({ "force": true }))?;
-    wait_for_state(&mut backup, "degraded")?;
+    backup.wait_state("degraded")?;
     let mut client = Client::connect(&hosts, SOON)?;
     ensure!(client.check_memory(SOON)? >= rounds, "what was told outside is forgotten");
     // The guest's clock has gone on while nobody ran it, as far as the backup can know.
@@ -111,32 +89,6 @@ pub fn flaps(story: &Story) -> Result<()> {
     let lost = passed.saturating_sub(Duration::from_millis(ran));
     ensure!(lost < PROTECTION.timeout, "the guest has lost {lost:?} of {passed:?}");
     println!("the guest's clock has lost {lost:?} of {passed:?}");
-    Ok(())
-}
-
-/// A primary that has had no time for 10 s finds its guest elsewhere, and shows nothing of what it
-/// had not shown before.
-pub fn is_fenced(story: &Story) -> Result<()> {
-    let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
-    let mut primary = pair.boot(Side::Left)?;
-    let mut client = Client::connect(&hosts, BOOT)?;
-    client.write(PAGES, 512, 10 * pace(), SOON)?;
-    let counter = Counter::start(&hosts.outside, Manner::default())?;
-    let mut backup = pair.protect(&mut primary, PROTECTION)?;
-    counter.wait(50, SOON)?;
-    let rounds = client.check_memory(SOON)?;
-    let stopped = Stopped::new(&primary)?;
-    thread::sleep(Duration::from_secs(10));
-    wait_for_state(&mut backup, "degraded")?;
-    counter.wait(50, SOON)?;
-    drop(stopped);
-    let end = primary.monitor.wait_exit()?;
-    ensure!(end.code() == Some(3), "{end}: {}", primary.monitor.said());
-    counter.wait(50, SOON)?;
-    ensure!(client.check_memory(SOON)? >= rounds, "what was told outside is forgotten");
-    let report = counter.finish()?;
-    ensure!(report.reconnections == 0, "the connection did not survive");
     Ok(())
 }
 
@@ -150,7 +102,7 @@ pub fn is_taken_again(story: &Story) -> Result<()> {
     client.write(PAGES, 512, 10 * pace(), SOON)?;
     let counter = Counter::start(&hosts.outside, Manner::default())?;
     let mut backup = pair.protect(&mut primary, PROTECTION)?;
-    let full = number(&mut primary, "wire-bytes")?;
+    let full = primary.number("wire-bytes")?;
     let mut bytes = Vec::new();
     for _ in 0..2 {
         let stopped = Stopped::new(&backup)?;
@@ -158,15 +110,15 @@ pub fn is_taken_again(story: &Story) -> Result<()> {
         primary.agent.wait_state("degraded", SOON)?;
         counter.wait(20, SOON)?;
         drop(stopped);
-        wait_for_state(&mut backup, "abandoned")?;
+        backup.wait_state("abandoned")?;
         counter.wait(20, SOON)?;
         pair.protect_again(&mut primary, &backup, PROTECTION)?;
-        bytes.push(number(&mut primary, "wire-bytes")?);
+        bytes.push(primary.number("wire-bytes")?);
         counter.wait(20, SOON)?;
     }
     ensure!(bytes.iter().all(|warm| *warm < full / 4), "{full} bytes, then {bytes:?}");
     let rounds = client.check_memory(SOON)?;
-    checkpoints(&mut primary, 2)?;
+    primary.checkpoints(2)?;
     Pair::kill(primary, &backup, SOON)?;
     counter.wait(20, SOON)?;
     ensure!(client.check_memory(SOON)? >= rounds, "what was told outside is forgotten");
@@ -195,22 +147,50 @@ pub fn is_killed(story: &Story) -> Result<()> {
     primary.agent.forget();
     primary.agent.wait_state("degraded", SOON)?;
     drop(stopped);
-    wait_for_state(&mut backup, "abandoned")?;
+    backup.wait_state("abandoned")?;
     drop(backup);
     counter.wait(20, SOON)?;
     // Suspecting, as the witness is out of its reach.
     let mut backup = pair.protect(&mut primary, PROTECTION)?;
     pair.witness.cut(Side::Right, true);
     let stopped = Stopped::new(&primary)?;
-    wait_for_state(&mut backup, "suspecting")?;
+    backup.wait_state("suspecting")?;
     thread::sleep(2 * PROTECTION.timeout);
     drop(backup);
     drop(stopped);
     pair.witness.cut(Side::Right, false);
-    wait_for_state(&mut primary, "degraded")?;
+    primary.wait_state("degraded")?;
     counter.wait(20, SOON)?;
     let report = counter.finish()?;
     ensure!(report.reconnections == 0, "the connection did not survive");
+    Ok(())
+}
+
+/// The backup is granted the guest, and cannot run it: somebody else has its tap. It gives the guest
+/// back to its primary, which continues where it was stopped.
+pub fn gives_back(story: &Story) -> Result<()> {
+    let hosts = Hosts::new(&story.debian, 1)?;
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
+    let mut primary = pair.boot(Side::Left)?;
+    let counter = Counter::start(&hosts.outside, Manner::default())?;
+    counter.wait(20, BOOT)?;
+    let mut backup = pair.protect(&mut primary, PROTECTION)?;
+    let taken = hosts.host(Side::Right).tap(TAP)?;
+    let stopped = Stopped::new(&primary)?;
+    backup.wait_state("abandoned")?;
+    drop(stopped);
+    primary.wait_state("degraded")?;
+    counter.wait(20, SOON)?;
+    let lineage = primary.replication()?;
+    let lineage = lineage.get("lineage").and_then(Value::as_str).context("no lineage")?;
+    let record = pair.witness.record(lineage, 1).context("nobody has asked")?;
+    ensure!(record.get("settled") == Some(&json!("yielded")), "{record:?}");
+
+    drop(taken);
+    pair.protect_again(&mut primary, &backup, PROTECTION)?;
+    Pair::kill(primary, &backup, SOON)?;
+    counter.wait(20, SOON)?;
+    ensure!(counter.finish()?.reconnections == 0, "the connection did not survive");
     Ok(())
 }
 
@@ -223,9 +203,9 @@ pub fn stays_paused(story: &Story) -> Result<()> {
     client.write(PAGES, 512, 10 * pace(), SOON)?;
     let mut backup = pair.protect(&mut primary, PROTECTION)?;
     primary.qmp.execute_raw("stop", json!({}))?;
-    checkpoints(&mut primary, 2)?;
+    primary.checkpoints(2)?;
     primary.qmp.execute_raw("cont", json!({}))?;
-    checkpoints(&mut primary, 2)?;
+    primary.checkpoints(2)?;
     Pair::kill(primary, &backup, SOON)?;
     ensure!(status(&mut backup)?.get("status") == Some(&json!("running")));
     client.check_memory(SOON)?;
@@ -233,7 +213,7 @@ pub fn stays_paused(story: &Story) -> Result<()> {
     let mut primary = backup;
     let mut backup = pair.protect(&mut primary, PROTECTION)?;
     primary.qmp.execute_raw("stop", json!({}))?;
-    checkpoints(&mut primary, 2)?;
+    primary.checkpoints(2)?;
     Pair::kill(primary, &backup, SOON)?;
     ensure!(status(&mut backup)?.get("status") == Some(&json!("paused")));
     backup.qmp.execute_raw("cont", json!({}))?;
@@ -253,12 +233,12 @@ pub fn reboots(story: &Story) -> Result<()> {
     let reset = |event: &qmp::client::ReceivedEvent| (event.event == "RESET").then_some(());
     primary.agent.wait("the reset", SOON, reset)?;
     primary.monitor.wait_for("guest: ready", BOOT)?;
-    wait_for_state(&mut primary, "protected")?;
-    ensure!(number(&mut primary, "stalls")? == 0, "{}", query(&mut primary)?);
+    primary.wait_state("protected")?;
+    ensure!(primary.number("stalls")? == 0, "{}", primary.replication()?);
     let mut client = Client::connect(&hosts, SOON)?;
     client.write(PAGES, 512, 10 * pace(), SOON)?;
     client.check_memory(SOON)?;
-    checkpoints(&mut primary, 3)?;
+    primary.checkpoints(3)?;
     Pair::kill(primary, &backup, SOON)?;
     client.check_memory(SOON)?;
     Ok(())
@@ -276,7 +256,7 @@ pub fn ends(story: &Story) -> Result<()> {
         let mut client = Client::connect(&hosts, BOOT)?;
         let mut backup = pair.protect(&mut primary, PROTECTION)?;
         let lineage =
-            query(&mut primary)?.get("lineage").and_then(Value::as_str).map(str::to_owned);
+            primary.replication()?.get("lineage").and_then(Value::as_str).map(str::to_owned);
         match way {
             "poweroff" => drop(client.get("poweroff", SOON)?),
             "quit" => drop(primary.qmp.execute_raw("quit", json!({}))?),
@@ -287,7 +267,7 @@ pub fn ends(story: &Story) -> Result<()> {
         let record = pair.witness.record(&lineage.context("no lineage")?, 1);
         let word = record.as_ref().and_then(|record| record.get("word"));
         ensure!(word == Some(&json!("end")), "{way}: {record:?}");
-        wait_for_state(&mut backup, "abandoned")?;
+        backup.wait_state("abandoned")?;
         ensure!(status(&mut backup)?.get("status") != Some(&json!("running")));
         let ran = backup.agent.heard().iter().any(|(_, it)| it.event == "REPLICATION_FAILOVER");
         ensure!(!ran, "{way}: the guest runs at the backup");

@@ -3,7 +3,7 @@ use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use stories::agent::Story;
 use stories::lab::hosts::{Hosts, Side};
 use stories::monitor::{BOOT, SOON};
@@ -47,15 +47,14 @@ pub fn nothing_is_lost(story: &Story) -> Result<()> {
     let backup = pair.protect(&mut primary, PROTECTION)?;
     let acknowledged = recorder.finish();
     // The guest is idle now, and both images are the same once the last checkpoint is applied.
-    let same = || -> Result<bool> {
-        Ok(fs::read(pair.image(Side::Left))? == fs::read(pair.image(Side::Right))?)
-    };
+    let image = |side| Ok::<_, anyhow::Error>(fs::read(pair.image(side).context("no image")?)?);
+    let same = || -> Result<bool> { Ok(image(Side::Left)? == image(Side::Right)?) };
     let deadline = Instant::now() + SOON;
     while !same()? {
         ensure!(Instant::now() < deadline, "the images differ");
         sleep(Duration::from_millis(50));
     }
-    ensure!(records_in(&fs::read(pair.image(backup.side))?) >= acknowledged);
+    ensure!(records_in(&image(backup.side)?) >= acknowledged);
     drop::<Machine>(backup);
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Two hosts whose link, or one of which, fails. The client outside must never notice more than a
 //! pause, and only one side may go on.
+use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -143,8 +144,8 @@ fn side_of(end: &str) -> &'static str {
     if end == "degraded" { "primary" } else { "backup" }
 }
 
-/// The primary's process is stopped until the guest runs at its backup, and then continued: it is
-/// fenced, and until then no frame of its guest leaves its host.
+/// The primary's process is stopped until the guest has run at its backup for a while, and then
+/// continued: it is fenced, and until then no frame of its guest leaves its host.
 pub fn primary_is_stopped(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
     let mut scene = Scene::new(story, &hosts)?;
@@ -152,6 +153,7 @@ pub fn primary_is_stopped(story: &Story) -> Result<()> {
     scene.counter.wait(SOME, SOON)?;
     scene.primary.signal(Signal::STOP)?;
     fails_over(&backup)?;
+    sleep(10 * PROTECTION.timeout);
     scene.goes_on_at(Side::Right)?;
     let left = |hosts: &Hosts| hosts.front.counts(Side::Left.port(), Direction::Up);
     let before = left(&hosts)?;

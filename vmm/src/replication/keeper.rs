@@ -261,6 +261,8 @@ impl Thread {
             if let Some(taken) = &mut self.taken
                 && let Err(e) = taken.trim_if_due()
             {
+                // It would fail again and again.
+                taken.journal = None;
                 self.tell(Done::NotApplied(text(&e)));
             }
         }
