@@ -65,12 +65,13 @@ pub fn protect(rig: &Rig, name: &str) -> Result<()> {
 /// The report of a protected domain is on paper what its monitor says.
 fn reported(rig: &Rig, name: &str) -> Result<()> {
     let report = rig.ok(&["remus-report", name])?;
-    let count = report["checkpoints"].as_u64().context("no number")?;
-    ensure!(report["pause-us"]["count"].as_u64() > Some(0), "{report}");
-    let file = |key: &str| -> Result<String> {
-        Ok(fs::read_to_string(rig.file(report[key].as_str().context("no file")?))?)
+    let said = |pointer: &str| report.pointer(pointer).with_context(|| format!("{report}"));
+    let count = said("/checkpoints")?.as_u64().context("no number")?;
+    ensure!(said("/pause-us/count")?.as_u64() > Some(0), "{report}");
+    let file = |pointer: &str| -> Result<String> {
+        Ok(fs::read_to_string(rig.file(said(pointer)?.as_str().context("no file")?))?)
     };
-    let (csv, svg) = (file("csv")?, file("svg")?);
+    let (csv, svg) = (file("/csv")?, file("/svg")?);
     ensure!(csv.starts_with("number,term,epoch,") && csv.lines().count() as u64 == count + 1);
     ensure!(svg.contains(&format!("Protection of {name}")) && svg.contains("StratoVirt-"), "{svg}");
     Ok(())
