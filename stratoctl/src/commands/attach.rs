@@ -213,7 +213,7 @@ pub(super) fn quietly(error: io::Error) -> anyhow::Result<Answer> {
 }
 
 /// Date and time (UTC) `seconds` after the beginning of 1970, in RFC 3339 format, to the second.
-fn date_time(seconds: u64) -> String {
+pub(super) fn date_time(seconds: u64) -> String {
     let seconds = i64::try_from(seconds).unwrap_or_default();
     let t = UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH);
     let (date, (hour, minute, second)) = (t.date(), t.as_hms());

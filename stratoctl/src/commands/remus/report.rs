@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io::Write,
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -16,9 +17,8 @@ use qmp::{
 };
 use serde_json::json;
 use state::regular_file::open_regular;
-use time::UtcDateTime;
 
-use super::super::{Answer, Context};
+use super::super::{Answer, Context, attach::date_time};
 use crate::{failure::Failure, matrix::Verb, show::Table, verbs::RemusReport};
 
 pub fn report(ctx: &Context, args: &RemusReport) -> anyhow::Result<Answer> {
@@ -32,12 +32,10 @@ pub fn report(ctx: &Context, args: &RemusReport) -> anyhow::Result<Answer> {
         let hint = format!("`stratoctl remus {name} HOST` protects it");
         return Err(Failure::hint(what, hint).into());
     }
-    let now = UtcDateTime::now();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let about = format!(
-        "{} {:02}:{:02} UTC; {monitor}, stratoctl {}",
-        now.date(),
-        now.hour(),
-        now.minute(),
+        "{} UTC; {monitor}, stratoctl {}",
+        date_time(now.as_secs()),
         env!("CARGO_PKG_VERSION")
     );
     let chart =
