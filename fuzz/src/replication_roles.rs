@@ -222,7 +222,14 @@ impl Protected {
         let host = Host::of(Arbiter::None, TSC, None);
         let task = protector::Task {
             primary: Primary::new(me, Term(1), settings, Rules::ALL),
-            offer: Offer { timeout: TIMEOUT, host, config: config(1) },
+            offer: Offer {
+                timeout: TIMEOUT,
+                heartbeat: None,
+                key: None,
+                disks: true,
+                host,
+                config: config(1),
+            },
             way: Way { peer: None, security: Security::Plain(false) },
             disks: None,
             memory: memory.clone(),

@@ -47,6 +47,8 @@ pub struct Base {
     pub(crate) hearing: Hearing,
     /// How often the peer was suspected.
     pub stalls: u64,
+    /// Time from one beat to the next, where the settings' own is not wanted.
+    pub(crate) heartbeat: Option<Duration>,
     /// Time until the next attempt to connect.
     redial: Duration,
     pub(crate) timers: Timers,
@@ -76,6 +78,7 @@ impl Base {
             marking: None,
             hearing: Hearing::default(),
             stalls: 0,
+            heartbeat: None,
             redial: BACK_OFF.0,
             timers: Timers::default(),
             out: Vec::new(),
@@ -99,6 +102,11 @@ impl Base {
         std::mem::take(&mut self.out)
     }
 
+    /// Time from one beat to the next.
+    pub fn heartbeat(&self) -> Duration {
+        self.heartbeat.unwrap_or_else(|| self.settings.heartbeat())
+    }
+
     /// Send over the connection in use, if there is one.
     pub fn send(&mut self, epoch: Epoch, message: Message) {
         if let Some(connection) = self.connection {
@@ -116,7 +124,8 @@ impl Base {
     /// A byte of the peer has arrived.
     pub fn heard(&mut self) {
         self.timers.set(Timer::Silence, self.now + self.settings.timeout);
-        if let Some(gap) = self.hearing.heard(self.now, &self.settings) {
+        let heartbeat = self.heartbeat();
+        if let Some(gap) = self.hearing.heard(self.now, &self.settings, heartbeat) {
             self.tell(Event::Gap(gap));
         }
     }
@@ -129,7 +138,7 @@ impl Base {
             self.output(Output::BeatBeside);
         }
         if beside || self.connection.is_some() {
-            self.timers.set(Timer::Beat, self.now + self.settings.heartbeat());
+            self.timers.set(Timer::Beat, self.now + self.heartbeat());
         } else {
             self.timers.clear(Timer::Beat);
         }

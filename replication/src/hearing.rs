@@ -48,10 +48,16 @@ impl Hearing {
         tells.then_some(stands)
     }
 
-    /// A byte of the peer has arrived. If its silence before is worth a warning, how long it was.
-    pub fn heard(&mut self, now: Time, settings: &Settings) -> Option<Duration> {
+    /// A byte of the peer, who sends a beat every `heartbeat`, has arrived. If its silence before is
+    /// worth a warning, how long it was.
+    pub fn heard(
+        &mut self,
+        now: Time,
+        settings: &Settings,
+        heartbeat: Duration,
+    ) -> Option<Duration> {
         let gap = now.saturating_sub(std::mem::replace(&mut self.at, now));
-        let beats = gap.as_nanos() / settings.heartbeat().as_nanos().max(1);
+        let beats = gap.as_nanos() / heartbeat.as_nanos().max(1);
         self.missed += u64::try_from(beats.saturating_sub(1)).unwrap_or(0);
         let age = now.saturating_sub(self.minute);
         if age >= REMEMBERED {
@@ -117,6 +123,9 @@ mod tests {
         Time::from_millis(ms)
     }
 
+    /// A tenth of the time-out below.
+    const BEAT: Duration = ms(30);
+
     fn settings() -> Settings {
         Settings {
             agreement: Agreement { arbiter: Arbiter::None, machine: Digest(0) },
@@ -132,14 +141,14 @@ mod tests {
     fn a_gap_of_more_than_a_third_of_the_timeout_warns_once_a_minute() {
         let (settings, mut hearing) = (settings(), Hearing::default());
         hearing.restart(ms(1000));
-        assert_eq!(hearing.heard(ms(1100), &settings), None, "just a third");
-        assert_eq!(hearing.heard(ms(1201), &settings), Some(ms(101)));
-        assert_eq!(hearing.heard(ms(1400), &settings), None, "within the same minute");
+        assert_eq!(hearing.heard(ms(1100), &settings, BEAT), None, "just a third");
+        assert_eq!(hearing.heard(ms(1201), &settings, BEAT), Some(ms(101)));
+        assert_eq!(hearing.heard(ms(1400), &settings, BEAT), None, "within the same minute");
         assert_eq!((hearing.missed(), hearing.largest_gap()), (2 + 2 + 5, ms(199)));
-        assert!(hearing.heard(ms(70_000), &settings).is_some());
+        assert!(hearing.heard(ms(70_000), &settings, BEAT).is_some());
         assert_eq!(hearing.largest_gap(), ms(68_600));
         for second in 71..200 {
-            hearing.heard(ms(1000 * second), &settings);
+            hearing.heard(ms(1000 * second), &settings, BEAT);
         }
         assert_eq!(hearing.largest_gap(), ms(1000), "what is two minutes ago is forgotten");
     }
@@ -150,7 +159,7 @@ mod tests {
         hearing.restart(ms(1000));
         assert!(hearing.is_fresh(ms(1150), &settings) && !hearing.is_fresh(ms(1151), &settings));
         hearing.doubt();
-        hearing.heard(ms(1200), &settings);
+        hearing.heard(ms(1200), &settings, BEAT);
         hearing.echo(0);
         hearing.echo(7);
         assert!(!hearing.is_fresh(ms(1200), &settings), "old, or never asked");

@@ -91,14 +91,14 @@ pub enum Room {
     None,
 }
 
-/// A client's command. A backup knows [`Failover`](Self::Failover) alone.
+/// A client's command. A backup knows [`Failover`](Self::Failover) and [`Quit`](Self::Quit).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Command {
     /// Protect the guest.
     Start,
     /// Stop protecting it.
     Unprotect,
-    /// End the process, or the guest has ended: it must not run anywhere.
+    /// End the process, or the guest has ended: it must not run anywhere. To a backup: only it ends.
     Quit,
     /// To a primary: move the guest to the backup. To a backup: take it over, without the
     /// primary's help.
@@ -326,7 +326,7 @@ pub enum Why {
     #[error("output was held for longer than ack-limit")]
     AckLimit,
     /// The peer has sent `Bye`.
-    #[error("the peer has ended the connection")]
+    #[error("the other side has left on purpose")]
     Bye,
     /// A command requested it.
     #[error("a command requested it")]

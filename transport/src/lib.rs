@@ -93,6 +93,8 @@ pub struct Link {
     queue: Queue,
     /// What is wrong with it is reported once, then it is closed.
     is_closed: bool,
+    /// Nothing can be written any more: what the peer has said before its end can still be read.
+    cannot_write: bool,
 }
 
 impl Link {
@@ -117,7 +119,8 @@ impl Link {
     }
 
     fn new(descriptors: Descriptors, session: Option<Session>) -> Self {
-        Self { descriptors, session, queue: Queue::default(), is_closed: false }
+        let (queue, is_closed, cannot_write) = (Queue::default(), false, false);
+        Self { descriptors, session, queue, is_closed, cannot_write }
     }
 
     /// What to wait for, on one or two descriptors: call [`Link::flush`] and [`Link::receive`] when
@@ -193,20 +196,27 @@ impl Link {
     /// Write what the host takes now.
     ///
     /// # Errors
-    /// When the connection cannot be used any more.
+    /// When nothing can be written any more. What has come from the peer can still be received.
     pub fn flush(&mut self) -> Result<(), LinkError> {
-        self.check(|link| match &mut link.session {
-            Some(session) => session.write(&mut link.queue, &mut link.descriptors),
-            None => {
-                while !link.queue.is_empty() {
-                    match link.descriptors.try_write(link.queue.front())? {
-                        Some(written) => link.queue.take(written),
-                        None => break,
-                    }
-                }
-                Ok(())
+        if self.is_closed || self.cannot_write {
+            return Err(LinkError::Closed);
+        }
+        let written = self.write();
+        self.cannot_write = written.is_err();
+        written
+    }
+
+    fn write(&mut self) -> Result<(), LinkError> {
+        if let Some(session) = &mut self.session {
+            return session.write(&mut self.queue, &mut self.descriptors);
+        }
+        while !self.queue.is_empty() {
+            match self.descriptors.try_write(self.queue.front())? {
+                Some(written) => self.queue.take(written),
+                None => break,
             }
-        })
+        }
+        Ok(())
     }
 
     /// Append what has arrived to `into`; how many bytes that were. Also carries on the handshake.

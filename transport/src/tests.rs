@@ -334,6 +334,22 @@ fn a_descriptor_that_others_share_is_as_before() {
 }
 
 #[test]
+fn the_last_words_of_a_peer_are_heard_although_nothing_can_be_sent_to_it() {
+    let (near, far) = UnixStream::pair().unwrap();
+    let mut link = Link::plain(Descriptors::socket(near.into()).unwrap(), false).unwrap();
+    link.send(b"unread".to_vec());
+    link.flush().unwrap();
+    (&far).write_all(b"bye").unwrap();
+    drop(far);
+    link.send(b"more".to_vec());
+    assert!(matches!(link.flush(), Err(LinkError::Closed)));
+    let mut heard = Vec::new();
+    assert_eq!(link.receive(Instant::now(), &mut heard).unwrap(), 3);
+    assert_eq!(heard, b"bye");
+    assert!(link.receive(Instant::now(), &mut heard).is_err());
+}
+
+#[test]
 fn the_kernel_says_which_process_the_peer_is() {
     let (near, _far) = UnixStream::pair().unwrap();
     let me = peer::process(&near).unwrap();

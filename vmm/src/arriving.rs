@@ -10,8 +10,8 @@ use qmp::{
     schema::{
         Cont, Empty, Event, MigrateCancel, MigrationInfo, MigrationStats, MigrationStatus,
         QueryMigrate, QueryReplication, QueryStatus, Quit, ReplicationAnswer, ReplicationFailover,
-        ReplicationInfo, ReplicationNeed, ReplicationResult, RunState, ShutdownCause, StatusInfo,
-        Stop,
+        ReplicationHeartbeatPath, ReplicationInfo, ReplicationNeed, ReplicationResult, RunState,
+        ShutdownCause, StatusInfo, Stop,
     },
     server::{Servers, Ticket},
     table::{Host, Table},
@@ -23,6 +23,7 @@ use crate::{
     commands,
     replication::{
         changed, handed,
+        host::Shared,
         standby::{Tell, ToStandby},
     },
     vmm::Ending,
@@ -88,6 +89,7 @@ impl Arriving {
             .on(true, query_status)
             .on(true, query_replication)
             .on_ticket(true, replication_answer)
+            .on_ticket(true, replication_heartbeat_path)
             .on_ticket(true, |this, command, ticket| {
                 commands::net::getfd(&mut this.servers, command, ticket)
             })
@@ -105,6 +107,12 @@ impl Arriving {
 
     pub(crate) fn hold(&mut self, waiting: WaitingRequest) {
         self.waiting.push(waiting);
+    }
+
+    /// The backup that it is.
+    fn backup(&self) -> Result<&Shared, Error> {
+        let none = || Error::text("this monitor is no backup: start it with -incoming replicate:");
+        self.arrival.replica().ok_or_else(none)
     }
 
     /// Handle what the incoming thread has reported.
@@ -224,14 +232,21 @@ fn replication_answer(
     Ok(Some(Empty {}))
 }
 
+fn replication_heartbeat_path(
+    arriving: &mut Arriving,
+    path: ReplicationHeartbeatPath,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
+    let socket = handed::datagrams(&path.fd, &mut arriving.servers, ticket)?;
+    arriving.backup()?.give(ToStandby::Beside(socket));
+    Ok(Some(Empty {}))
+}
+
 fn replication_failover(
     arriving: &mut Arriving,
     failover: ReplicationFailover,
 ) -> Result<Empty, Error> {
-    let Some(replica) = arriving.arrival.replica() else {
-        return Err(Error::text("this monitor is no backup: start it with -incoming replicate:"));
-    };
-    replica.give(ToStandby::Command(match failover.force {
+    arriving.backup()?.give(ToStandby::Command(match failover.force {
         Some(true) => Input::Forced(Command::Failover),
         _ => Input::Command(Command::Failover),
     }));

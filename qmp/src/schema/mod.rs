@@ -117,6 +117,7 @@ commands! {
     "quit"                     Quit                   -> Empty;
     "replication-answer"       ReplicationAnswer      -> Empty;
     "replication-failover"     ReplicationFailover    -> Empty;
+    "replication-heartbeat-path" ReplicationHeartbeatPath -> Empty;
     "replication-start"        ReplicationStart       -> Empty;
     "replication-stop"         ReplicationStop        -> Empty;
     "send-key"                 SendKey                -> Empty;

@@ -40,6 +40,9 @@ pub struct ReplicationStart {
     pub on_backup_loss: Option<OnBackupLoss>,
     /// What to do when output has been held for `ack-limit`. Initially `solo`.
     pub on_backup_slow: Option<OnBackupSlow>,
+    /// Milliseconds from one sign of life to the next, at both sides; a third of
+    /// `heartbeat-timeout` at most. Initially a tenth.
+    pub heartbeat_interval: Option<u64>,
     /// Milliseconds without a byte from the peer after which it is suspected. Initially 1000.
     pub heartbeat_timeout: Option<u64>,
     /// Milliseconds for which output may be held although the backup is heard. Initially 10,000.
@@ -55,6 +58,10 @@ pub struct ReplicationStart {
     /// Whether output, of the network and of consoles, is held until the backup could continue from
     /// it. Initially true; false needs `unsafe`.
     pub network: Option<bool>,
+    /// Whether what the guest writes to its disks is sent. Initially true; false needs `unsafe`, and
+    /// images that both hosts share: after a failover the guest finds there what it has written after
+    /// its last checkpoint.
+    pub disks: Option<bool>,
     /// Send nothing and protect nothing, to measure what protection costs. Needs `unsafe`.
     pub blackhole: Option<ReplicationBlackhole>,
     /// Accept what does not protect the machine.
@@ -93,6 +100,16 @@ pub enum OnBackupSlow {
     Solo,
     /// Wait.
     Stall,
+}
+
+/// Send signs of life by a second path, too, and take them from there: a side is suspected once both
+/// paths are silent. For the primary and for the backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReplicationHeartbeatPath {
+    /// Name of a descriptor, which came with getfd on the same connection: a socket for datagrams. A
+    /// primary's is connected to where its backup's is bound.
+    pub fd: String,
 }
 
 /// End the protection: the guest continues here, and its backup ends.
@@ -295,6 +312,8 @@ pub struct ReplicationInfo {
     pub stalls: u64,
     /// Signs of life that did not arrive in time.
     pub missed_beats: u64,
+    /// Signs of life that have come by the second path.
+    pub second_path_beats: u64,
     /// The longest silence of the peer in the last minute or two, in milliseconds.
     pub largest_gap: u64,
     /// Microseconds for which the last checkpoint stopped the guest.

@@ -88,7 +88,7 @@ impl Backup {
         self.base.connection = Some(connection);
         self.base.hearing.restart(self.base.now);
         self.base.heard();
-        self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
+        self.base.timers.set(Timer::Beat, self.base.now + self.base.heartbeat());
         (self.echo, self.gone) = (0, false);
         if matches!(self.state, State::Standby | State::Suspecting) {
             self.stand_back();

@@ -21,7 +21,7 @@ mod term;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use crate::{
     base::{Base, Identity},
@@ -135,6 +135,11 @@ impl Backup {
         this.look();
         let outputs = this.base.take_outputs();
         (this, outputs)
+    }
+
+    /// Send a beat every `heartbeat` from now on, instead of as often as the time-out suggests.
+    pub fn set_heartbeat(&mut self, heartbeat: Option<Duration>) {
+        self.base.heartbeat = heartbeat;
     }
 
     /// Its state.

@@ -77,6 +77,14 @@ impl Backup {
         self.ordered && self.state == State::Suspecting
     }
 
+    /// End on purpose: this side will never claim, so a primary that is alive need not wait for it.
+    pub(super) fn quit(&mut self) {
+        if !self.base.claimed {
+            self.base.send(self.whole, Message::Bye { end: false });
+            self.end(Exit::Nothing);
+        }
+    }
+
     /// Take the guest over, as soon as everything that can fail has been done. The arbiter is asked
     /// without a suspicion; a primary that is alive and answers it wins or loses there. With `forced`
     /// the guest runs here even where nobody answers, which is unsafe: it may run there, too.
@@ -89,6 +97,7 @@ impl Backup {
             (State::Standby | State::Suspecting, Command::Failover) => {
                 return self.take_over(forced);
             }
+            (_, Command::Quit) => return self.quit(),
             _ => Why::WrongState,
         };
         self.base.tell(Event::Failed(command, why));

@@ -107,7 +107,8 @@ impl Primary {
             Message::Beat { probe, .. } => self.echoed(probe),
             Message::Running => self.runs_there(),
             Message::Ended => self.ended(),
-            Message::Bye { .. } => self.disturbed(Why::Bye),
+            Message::Bye { .. } if self.state == State::Connecting => self.disturbed(Why::Bye),
+            Message::Bye { .. } => self.given_up(Why::Bye),
             _ => self.disturbed(Why::BadFrame),
         }
     }
@@ -138,7 +139,7 @@ impl Primary {
         }
         self.base.hearing.restart(self.base.now);
         self.base.heard();
-        self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
+        self.base.timers.set(Timer::Beat, self.base.now + self.base.heartbeat());
         match self.state {
             State::Connecting => self.sync(incarnation, memory),
             State::Stalled if self.backup == Some(incarnation) => {

@@ -29,6 +29,8 @@ pub use window::UNACKNOWLEDGED;
 use resync::Past;
 use window::Window;
 
+use std::time::Duration;
+
 use crate::{
     base::{Base, Identity},
     identity::{Epoch, Incarnation, Pair, Side, Term},
@@ -174,6 +176,17 @@ impl Primary {
             self.base.timers.clear(Timer::Look);
         }
         self.base.settings = settings;
+    }
+
+    /// Send a beat every `heartbeat` from now on, instead of as often as the time-out suggests.
+    pub fn set_heartbeat(&mut self, heartbeat: Option<Duration>) {
+        self.base.heartbeat = heartbeat;
+    }
+
+    /// This process.
+    #[must_use]
+    pub fn me(&self) -> Identity {
+        self.base.me
     }
 
     /// Its state.

@@ -176,7 +176,13 @@ pub fn begun(
 
 pub fn pause(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     let mut held = ctx.hold(Verb::Pause, name)?;
-    held.status.client()?.execute(&Stop {})?;
+    let client = held.status.client()?;
+    client.execute(&Stop {})?;
+    if !remus::is_known_to_backup(client)? {
+        eprintln!(
+            "stratoctl: the backup of '{name}' does not know it yet: after a failover it runs"
+        );
+    }
     Ok(Answer::state(name, State::Paused))
 }
 

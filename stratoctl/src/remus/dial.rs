@@ -20,7 +20,7 @@ use std::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use state::regular_file::open_regular;
 
-use super::{Unknown, bounded::wait, tls::Encrypted, uuid::Uuid};
+use super::{Unknown, bounded::wait, protection::Protection, tls::Encrypted, uuid::Uuid};
 use crate::registry::{Description, Name};
 
 /// How long it may take to connect.
@@ -61,21 +61,24 @@ pub struct Greeting {
     /// The domain is to be handed over, and not to be protected then.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moves: bool,
+    /// Make the backup, if there is none, and hang up. Otherwise what follows is for the backup that is
+    /// there: one that was destroyed is not made again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub make: bool,
+    /// What it writes to its disks is not replicated.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shares_disks: bool,
     /// What the witness knows it by, if that is not its UUID.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<Uuid>,
 }
 
 impl Greeting {
-    /// For a domain, and what its protection is known by.
-    pub fn new(
-        name: Name,
-        domain: Description,
-        witness: Option<String>,
-        moves: bool,
-        lineage: Uuid,
-    ) -> Self {
-        Self { version: VERSION, name, domain, witness, moves, lineage: Some(lineage) }
+    /// For a domain with this protection.
+    pub fn new(name: Name, domain: Description, protection: &Protection) -> Self {
+        let Protection { ref identity, moves, shares_disks, lineage, .. } = *protection;
+        let (witness, lineage) = (identity.clone(), Some(lineage));
+        Self { version: VERSION, name, domain, witness, moves, make: false, shares_disks, lineage }
     }
 
     /// Check what was received.
@@ -124,6 +127,21 @@ impl Dialer {
     /// For `dial`; commands append their errors to the file `log`.
     pub fn new(dial: Dial, greeting: Greeting, log: PathBuf) -> Self {
         Self { dial, greeting, log, commands: Vec::new() }
+    }
+
+    /// Have the backup made on its host, if there is none there. That may take longer than the
+    /// primary's monitor waits for an answer, and says why it cannot be made.
+    ///
+    /// # Errors
+    /// There is no connection, or no backup.
+    pub fn make(&mut self) -> Result<(), Unknown> {
+        if matches!(self.dial, Dial::Unix(_)) {
+            return Ok(());
+        }
+        self.greeting.make = true;
+        let made = self.connect();
+        self.greeting.make = false;
+        made.map(drop)
     }
 
     /// A connection to the backup's monitor.
@@ -260,7 +278,7 @@ mod tests {
     use transport::testing::Authority;
 
     use super::*;
-    use crate::policy::Policy;
+    use crate::{policy::Policy, remus::wire::SideText};
 
     fn greeting() -> Greeting {
         let domain = Description {
@@ -270,7 +288,8 @@ mod tests {
             policy: Policy::default(),
             config: json!({}),
         };
-        Greeting::new("web".parse().unwrap(), domain, None, false, Uuid(7))
+        let protection = Protection::new(SideText::Primary, Uuid(7));
+        Greeting::new("web".parse().unwrap(), domain, &protection)
     }
 
     fn exchanged(dial: Dial) -> Result<String, Unknown> {

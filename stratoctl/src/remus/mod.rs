@@ -5,7 +5,9 @@
 //! serve    answers a monitor's needs       wire     needs and answers as JSON
 //! witness  who has won a term              fence    makes sure that the peer does not run
 //! dial     connects to the backup          protection   what the registry keeps of all this
+//! beats    the second path
 //! ```
+pub mod beats;
 pub mod bounded;
 pub mod dial;
 pub mod fence;

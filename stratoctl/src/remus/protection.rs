@@ -42,12 +42,31 @@ pub struct Protection {
     /// The monitor's own number among those that the witness knows, once that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incarnation: Option<Uuid>,
+    /// What the guest writes to its disks is not replicated: both hosts have the same ones.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shares_disks: bool,
     /// The guest continues at the other side.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moved: bool,
 }
 
 impl Protection {
+    /// One of this side, without anything else.
+    pub fn new(side: SideText, lineage: Uuid) -> Self {
+        Self {
+            side,
+            lineage,
+            witness: None,
+            identity: None,
+            fence: None,
+            dial: None,
+            moves: false,
+            incarnation: None,
+            shares_disks: false,
+            moved: false,
+        }
+    }
+
     fn path(place: &Place) -> PathBuf {
         place.home.join("remus.json")
     }

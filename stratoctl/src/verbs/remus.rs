@@ -47,7 +47,7 @@ pub struct Remus {
     /// Refused: output is held by the monitor itself, not by a script
     #[arg(short = 'N', hide = true)]
     pub no_script: bool,
-    /// Accept -b and -n, and that there is neither witness nor fence (then a failover is by hand only)
+    /// Accept -b, -d and -n, and that there is neither witness nor fence (then a failover is by hand only)
     #[arg(short = 'F', long)]
     pub force: bool,
     /// Send checkpoints nowhere: shows what protection costs, and protects nothing (needs -F)
@@ -56,8 +56,8 @@ pub struct Remus {
     /// Do not hold output: others may see what the backup does not know (needs -F)
     #[arg(short = 'n', long = "no-net")]
     pub no_hold: bool,
-    /// Refused: the disks are always replicated
-    #[arg(short = 'd', long, hide = true)]
+    /// Do not replicate what the domain writes to its disks: both hosts have the same ones (needs -F)
+    #[arg(short = 'd', long)]
     pub no_disks: bool,
     /// With --local: the image of a disk at the backup (that of the domain, with .backup appended)
     #[arg(long = "disk", value_name = "ID=PATH", value_parser = moved_disk, requires = "local")]
@@ -75,15 +75,34 @@ pub struct Remus {
     /// What happens when the backup is too slow
     #[arg(long, value_enum, value_name = "ACTION")]
     pub on_backup_slow: Option<OnSlow>,
-    /// Refused: the time-out determines it
-    #[arg(long, value_name = "MS", hide = true)]
+    /// How long output may be held, in milliseconds, before the backup is too slow (10000)
+    #[arg(long, value_name = "MS")]
+    pub ack_limit: Option<u64>,
+    /// Most memory that is copied aside until the backup has it (256M); beyond it the domain is
+    /// stopped until there is room
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_staging: Option<u64>,
+    /// Most output that is held (64M); likewise
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_held: Option<u64>,
+    /// Milliseconds between two signs of life (a tenth of --timeout)
+    #[arg(long, value_name = "MS")]
     pub heartbeat: Option<u64>,
     /// Milliseconds without a sign of life after which the other side is suspected (1000)
     #[arg(long, value_name = "MS")]
     pub timeout: Option<u64>,
+    /// Send signs of life to the other host by a second path, too (UDP): its address there, where
+    /// `remus-receive --heartbeat-path` listens
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "local")]
+    pub heartbeat_path: Option<String>,
     /// With -p: encrypt, with ca-cert.pem, client-cert.pem and client-key.pem in this directory
     #[arg(long, value_name = "DIR")]
     pub tls: Option<PathBuf>,
+}
+
+/// A size in bytes: `N[K|M]`.
+fn size(word: &str) -> Result<u64, String> {
+    config::value::size(word, 1 << 20..=u32::MAX).map(u64::from)
 }
 
 /// Time between checkpoints.
@@ -193,8 +212,12 @@ impl Migrate {
             fence: None,
             on_backup_loss: None,
             on_backup_slow: None,
+            ack_limit: None,
+            max_staging: None,
+            max_held: None,
             heartbeat: None,
             timeout: None,
+            heartbeat_path: None,
             tls: self.tls.clone(),
         }
     }
@@ -218,6 +241,9 @@ pub struct RemusReceive {
     /// Name of the domain here (default: that of the sender)
     #[arg(long)]
     pub name: Option<Name>,
+    /// Take signs of life by a second path, too (UDP): an address of this host
+    #[arg(long, value_name = "HOST:PORT")]
+    pub heartbeat_path: Option<String>,
     /// The sender's witness
     #[arg(long, value_name = "URI")]
     pub witness: Option<witness::Uri>,

@@ -5,7 +5,7 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use crate::disks::{image, with_disk};
-use crate::protected::protect;
+use crate::protected::{LONG, protect};
 use crate::rig::Rig;
 
 /// A registered domain with a disk, protected on this host.
@@ -54,5 +54,25 @@ fn a_disk_whose_guest_has_moved_is_not_started_from() -> Result<()> {
     rig.ok(&["delete", "-f", "vm"])?;
     rig.refused(&["create", "vm.json"])?;
     ensure!(rig.state("vm")? == "absent");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_both_sides_share_is_left_alone() -> Result<()> {
+    let rig = with_disk("shared", |rig| Ok(json!(image(rig)?)))?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    let (what, _) = rig.refused(&["remus", "--local", "-d", "vm"])?;
+    ensure!(what.starts_with("-d: ") && what.contains("-F"), "{what}");
+    rig.ok(&["remus", "--local", "-d", "-F", "-i", "25", "--timeout", LONG, "vm"])?;
+    rig.wait_replication("vm-backup", "state", "standby")?;
+    rig.kill("vm")?;
+    rig.wait_state("vm-backup", "running")?;
+    for none in ["image.backup", "image.journal", "image.sidecar"] {
+        ensure!(!rig.file(none).exists(), "{none}");
+    }
+    // No mark says so, but the witness does.
+    let (what, _) = rig.refused(&["start", "vm"])?;
+    ensure!(what.contains("has moved to its backup"), "{what}");
     Ok(())
 }

@@ -90,10 +90,6 @@ impl Stage {
     fn enter(&mut self, state: &str) -> Result<()> {
         self.saving = None;
         let (rig, far) = (&self.rig, &self.far);
-        // Either may have the primary, which looks for its backup again, and makes another one.
-        for of in [far, rig] {
-            let _ = of.clean(NAME);
-        }
         for of in [far, rig] {
             of.clean(NAME)?;
         }

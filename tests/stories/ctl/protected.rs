@@ -54,7 +54,7 @@ pub fn count_aloud(rig: &Rig) -> Result<()> {
 }
 
 /// Milliseconds of silence that no test waits for: both sides know each other's process.
-const LONG: &str = "600000";
+pub const LONG: &str = "600000";
 
 pub fn protect(rig: &Rig, name: &str) -> Result<()> {
     let said = rig.ok(&["remus", "--local", "-i", "25", "--timeout", LONG, name])?;
@@ -166,4 +166,21 @@ fn a_guest_moves_to_its_backup_on_the_order_of_either_side() -> Result<()> {
     let order = rig.command(&["failover", "web-backup-backup"]).output()?;
     let runs = if order.status.success() { "web-backup-backup" } else { "web-backup" };
     rig.says(runs, "tally")
+}
+
+#[test]
+fn memory_that_others_may_write_is_not_protected() -> Result<()> {
+    let rig = Rig::new("shared-memory")?;
+    let path = rig.config("web.json", "hello", "tally")?;
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    config["machine-config"]["mem_share"] = json!(true);
+    fs::write(&path, config.to_string())?;
+    rig.ok(&["create", "web.json"])?;
+    let (what, _) = rig.refused(&["remus", "--local", "web"])?;
+    ensure!(
+        what.contains("memory other processes can map") && what.contains("mem-share"),
+        "{what}"
+    );
+    ensure!(rig.state("web")? == "running" && rig.state("web-backup")? == "absent");
+    Ok(())
 }

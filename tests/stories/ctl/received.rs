@@ -2,6 +2,7 @@
 //! real monitors.
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::net::UdpSocket;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -150,12 +151,18 @@ fn a_receiver_at_a_port_has_certificates_and_agents_that_are_stopped_change_noth
 fn a_command_that_ends_is_run_again_and_its_receiver_finds_the_same_backup() -> Result<()> {
     let pair = Pair::new("command")?;
     let stratoctl = pair.rig.command(&[]).get_program().to_string_lossy().into_owned();
+    let second = UdpSocket::bind("127.0.0.1:0")?.local_addr()?.to_string();
     let line = format!(
-        "{stratoctl} --root {} remus-receive --witness {}",
+        "{stratoctl} --root {} remus-receive --witness {} --heartbeat-path {second}",
         pair.elsewhere.display(),
         pair.witness()
     );
-    pair.protect(&["-s", "", "web", &line])?;
+    pair.protect(&["-s", "", "--heartbeat-path", &second, "web", &line])?;
+    let beats = |info: &Value| info["second-path-beats"].as_u64() > Some(0);
+    pair.wait("signs of life by the second path", || {
+        let here = pair.rig.listed("web")?.context("not listed")?;
+        Ok(beats(&here["replication"]) && beats(&pair.state_there()?))
+    })?;
     let receivers = || running(&pair.elsewhere, "\0remus-receive\0");
     for _ in 0..3 {
         let old = receivers()?;
@@ -170,6 +177,23 @@ fn a_command_that_ends_is_run_again_and_its_receiver_finds_the_same_backup() -> 
         })?;
     }
     pair.moves_when_killed()
+}
+
+#[test]
+fn a_backup_that_is_destroyed_is_not_made_again_before_it_is_wanted_again() -> Result<()> {
+    let pair = Pair::new("destroyed")?;
+    let stratoctl = pair.rig.command(&[]).get_program().to_string_lossy().into_owned();
+    let (elsewhere, witness) = (pair.elsewhere.display(), pair.witness());
+    let line = format!("{stratoctl} --root {elsewhere} remus-receive --witness {witness}");
+    let mut events = pair.rig.command(&["events", "web"]).stdout(Stdio::piped()).spawn()?;
+    let mut events = BufReader::new(events.stdout.take().context("no output")?).lines();
+    pair.protect(&["-s", "", "web", &line])?;
+    pair.there(&["destroy", "-F", "web"])?;
+    pair.rig.wait_replication("web", "state", "degraded")?;
+    let told = events.by_ref().map_while(Result::ok).find(|line| line.contains("state=stalled"));
+    ensure!(told.as_ref().is_some_and(|line| line.contains("left on purpose")), "{told:?}");
+    ensure!(pair.state_there()? == Value::Null, "there is another one");
+    pair.protect(&["-s", "", "web", &line])
 }
 
 #[test]

@@ -235,12 +235,13 @@ fn a_receiver_passes_on_every_byte_or_says_why_not() -> Result<()> {
     let domain = fs::read(rig.file("r/state/web/domain.json"))?;
     let mut domain: Value = serde_json::from_slice(&domain)?;
     domain.as_object_mut().context("no object")?.remove("version");
-    let greeting = |witness: Value| json!({ "version": 1, "name": "copy", "domain": domain, "witness": witness });
+    let greeting = |witness: Value, make: bool| json!({ "version": 1, "name": "copy", "domain": domain, "witness": witness, "make": make });
     StandIn::install(&mut rig)?;
     let (_monitor, replica) = StandIn::new(&rig.dir, "copy")?;
     for (line, says) in [
-        (greeting(json!("dir:7")).to_string(), "different witnesses"),
-        (greeting(json!(null)).to_string().replace("\"version\":1", "\"version\":9"), "version 9"),
+        (greeting(json!("dir:7"), true).to_string(), "different witnesses"),
+        (greeting(json!(null), true).to_string().replace(":1,\"n", ":9,\"n"), "version 9"),
+        (greeting(json!(null), false).to_string(), "no backup of 'copy' here any more"),
         ("{}".to_owned(), "first line"),
     ] {
         let mut receiver = rig.command(&["remus-receive"]);
@@ -252,12 +253,21 @@ fn a_receiver_passes_on_every_byte_or_says_why_not() -> Result<()> {
         ensure!(!done.status.success() && said.contains(says), "{line}: {said}");
         ensure!(rig.listed("copy")?.is_none());
     }
-    let mut receiver = rig.command(&["remus-receive"]);
-    let mut receiver = receiver.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let receiver = || {
+        let mut receiver = rig.command(&["remus-receive"]);
+        receiver.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
+    };
+    let mut made = receiver()?;
+    writeln!(made.stdin.as_ref().context("a pipe")?, "{}", greeting(json!(null), true))?;
+    ensure!(
+        made.wait()?.success() && rig.listed("copy")?.is_some(),
+        "it was made, and that is all"
+    );
+    let mut receiver = receiver()?;
     let (mut to, from) =
         (receiver.stdin.take().context("a pipe")?, receiver.stdout.take().context("a pipe")?);
     // With the first frames right behind the line.
-    write!(to, "{}\nframes", greeting(json!(null)))?;
+    write!(to, "{}\nframes", greeting(json!(null), false))?;
     let mut from = BufReader::new(from);
     let mut welcome = String::new();
     from.read_line(&mut welcome)?;

@@ -48,6 +48,7 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, replication::replication_stop)
         .on(ANY, replication::replication_failover)
         .on_ticket(ANY, replication::replication_answer)
+        .on_ticket(ANY, replication::replication_heartbeat_path)
         .on(ANY, replication::query_replication)
         .on(ANY, replication::query_replication_epochs)
         .on(ALIVE, run_state::system_reset)

@@ -84,6 +84,15 @@ pub fn replication_answer(
     Ok(Some(Empty {}))
 }
 
+pub fn replication_heartbeat_path(
+    vmm: &mut Vmm,
+    path: ReplicationHeartbeatPath,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
+    vmm.replication_heartbeat_path(&path, ticket)?;
+    Ok(Some(Empty {}))
+}
+
 pub fn query_replication_epochs(
     vmm: &mut Vmm,
     query: QueryReplicationEpochs,

@@ -1,4 +1,5 @@
-//! Connections that an agent hands over: `replication-answer` with `connected`.
+//! What an agent hands over: connections, by `replication-answer` with `connected`, and the second
+//! path.
 use std::os::fd::OwnedFd;
 
 use qmp::{
@@ -8,6 +9,8 @@ use qmp::{
 };
 
 use transport::Descriptors;
+
+use super::beside::Socket;
 
 /// The connection that comes with this answer.
 ///
@@ -19,14 +22,7 @@ pub fn take(
     ticket: &Ticket,
 ) -> Result<Descriptors, Error> {
     let mut take = |key: &str, name: &Option<String>| -> Result<Option<OwnedFd>, Error> {
-        let Some(name) = name else { return Ok(None) };
-        let passed = servers.named_fds(ticket).and_then(|named| named.remove(name));
-        passed.map(Some).ok_or_else(|| {
-            Error::text(format!(
-                "Invalid parameter '{key}': no descriptor is called '{name}': pass it with getfd \
-                 first"
-            ))
-        })
+        name.as_deref().map(|name| passed(key, name, servers, ticket)).transpose()
     };
     let (read, write) = (take("fd", &answer.fd), take("write-fd", &answer.write_fd));
     let read = read?.ok_or_else(|| Error::text("Parameter 'fd' is missing: pass it with getfd"))?;
@@ -35,4 +31,22 @@ pub fn take(
         Some(write) => Descriptors::pipes(read, write),
     };
     made.map_err(|e| Error::text(format!("the connection that was passed cannot be used: {e}")))
+}
+
+/// The socket for datagrams that is called `name`.
+///
+/// # Errors
+/// When it was not passed, or is none.
+pub fn datagrams(name: &str, servers: &mut Servers, ticket: &Ticket) -> Result<Socket, Error> {
+    Socket::new(passed("fd", name, servers, ticket)?)
+}
+
+/// The descriptor that `key` calls `name`.
+fn passed(key: &str, name: &str, servers: &mut Servers, ticket: &Ticket) -> Result<OwnedFd, Error> {
+    let passed = servers.named_fds(ticket).and_then(|named| named.remove(name));
+    passed.ok_or_else(|| {
+        Error::text(format!(
+            "Invalid parameter '{key}': no descriptor is called '{name}': pass it with getfd first"
+        ))
+    })
 }

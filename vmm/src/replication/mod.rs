@@ -15,6 +15,7 @@
 //! ```
 //! The state machines live on the threads that have the connection, so that no wait for the guest
 //! or for a file keeps back a sign of life.
+pub mod beside;
 mod blackhole;
 mod copier;
 mod disks;

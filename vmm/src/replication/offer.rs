@@ -16,7 +16,8 @@ use machine::Tsc;
 use serde::{Deserialize, Serialize};
 use state::{Config, Frames, Section, cpu::Cpu, file::write_config, frame::Writer};
 
-use super::process::Process;
+use super::{beside::Key, process::Process};
+use crate::durations::milliseconds;
 
 /// The version of what the two sides exchange.
 const VERSION: u64 = 3;
@@ -34,6 +35,12 @@ const LONGEST_REASON: usize = 4096;
 pub struct Offer {
     /// Silence after which the other side is suspected, at both sides.
     pub timeout: Duration,
+    /// Time from one sign of life to the next, at both sides, if that is not a tenth.
+    pub heartbeat: Option<Duration>,
+    /// What authenticates signs of life on the second path.
+    pub key: Option<Key>,
+    /// What the guest writes to its disks is replicated.
+    pub disks: bool,
     /// What is compared.
     pub host: Host,
     /// The machine.
@@ -80,7 +87,7 @@ impl Host {
     }
 }
 
-/// [`Host`] as JSON.
+/// The offer as JSON, but for the time-out and the machine.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Shown {
@@ -92,10 +99,14 @@ struct Shown {
     tsc_is_own: bool,
     cpu: Option<Section>,
     process: Option<Process>,
+    heartbeat_ms: Option<u64>,
+    key: Option<Key>,
+    disks: bool,
 }
 
 impl Shown {
-    fn of(host: &Host) -> io::Result<Self> {
+    fn of(offer: &Offer) -> io::Result<Self> {
+        let Offer { heartbeat, ref key, disks, ref host, .. } = *offer;
         let (witness, fence) = match &host.arbiter {
             Arbiter::Witness(identity) => (Some(identity.clone()), None),
             Arbiter::Fence(kind) => (None, Some(kind.clone())),
@@ -112,6 +123,9 @@ impl Shown {
             tsc_is_own: own,
             cpu: cpu.map_err(io::Error::other)?,
             process: host.process.clone(),
+            heartbeat_ms: heartbeat.map(milliseconds),
+            key: key.clone(),
+            disks,
         })
     }
 
@@ -158,7 +172,7 @@ impl Offer {
         write_config(&mut to, &self.config)?;
         to.end(0)?;
         let timeout = u32::try_from(self.timeout.as_millis()).unwrap_or(u32::MAX);
-        let host = serde_json::to_vec(&Shown::of(&self.host)?).map_err(io::Error::other)?;
+        let host = serde_json::to_vec(&Shown::of(self)?).map_err(io::Error::other)?;
         let length = u32::try_from(host.len()).map_err(io::Error::other)?;
         let parts = [&timeout.to_le_bytes()[..], &length.to_le_bytes(), &host, &to.into_inner()];
         frame(KIND, &parts.concat())
@@ -179,12 +193,14 @@ impl Offer {
         let length = usize::try_from(u32::from_le_bytes(*length)).map_err(|_| OfferError::Host)?;
         let (host, stream) = rest.split_at_checked(length).ok_or(OfferError::Host)?;
         let host: Shown = serde_json::from_slice(host).map_err(|_| OfferError::Host)?;
+        let heartbeat = host.heartbeat_ms.map(Duration::from_millis);
+        let (key, disks) = (host.key.clone(), host.disks);
         let host = host.host().ok_or(OfferError::Host)?;
         let mut frames = Frames::begin(stream).map_err(state::FileError::from)?;
         let config = frames.config()?;
         frames.end()?;
         let timeout = Duration::from_millis(u32::from_le_bytes(*timeout).into());
-        Ok(Some((Self { timeout, host, config }, all)))
+        Ok(Some((Self { timeout, heartbeat, key, disks, host, config }, all)))
     }
 }
 

@@ -20,8 +20,8 @@ use qmp::{
     Error,
     schema::{
         Event, FailoverTimes, ReplicationAnswer, ReplicationBlackhole, ReplicationEpochs,
-        ReplicationInfo, ReplicationNeed, ReplicationResult, ReplicationSide, ReplicationStart,
-        ReplicationStatus, ShutdownCause,
+        ReplicationHeartbeatPath, ReplicationInfo, ReplicationNeed, ReplicationResult,
+        ReplicationSide, ReplicationStart, ReplicationStatus, ShutdownCause,
     },
     server::Ticket,
 };
@@ -32,7 +32,9 @@ use transport::Security;
 
 use self::stopping::Capture;
 use super::{
-    Promotion, copier,
+    Promotion,
+    beside::Key,
+    copier,
     disks::{Disks, named},
     handed,
     history::History,
@@ -198,9 +200,15 @@ impl Vmm {
             (Some(text), None) => Lineage(parse_uuid("lineage", text)?),
             (None, None) => Lineage(random()?),
         };
-        if let Some((id, _)) =
-            self.machine.writable_disks().iter().find(|(_, disk)| disk.is_device())
-        {
+        if self.machine.config().memory.shared {
+            return Err(Error::text(
+                "a machine whose memory other processes can map cannot be protected: no checkpoint has \
+                 what they write: start it without mem-share",
+            ));
+        }
+        let device =
+            || self.machine.writable_disks().into_iter().find(|(_, disk)| disk.is_device());
+        if let Some((id, _)) = device().filter(|_| manner.disks) {
             return Err(Error::text(format!(
                 "a machine with a block device as its disk cannot be protected: it has '{id}', and \
                  the mark that keeps both hosts from starting the guest needs a file system"
@@ -212,7 +220,7 @@ impl Vmm {
                  without 'track'",
             ));
         }
-        if let Some(protection) = &self.replication.protection {
+        if let Some(protection) = &mut self.replication.protection {
             if protection.status.lock().state != ReplicationStatus::Degraded {
                 return Err(Error::text(
                     "the machine is protected already: replication-stop ends that",
@@ -231,18 +239,23 @@ impl Vmm {
                      use replication-stop first",
                 ));
             }
+            if manner.disks != protection.manner.disks {
+                return Err(Error::text(
+                    "Invalid parameter 'disks': it cannot be changed while the machine has no backup \
+                     after a failure: use replication-stop first",
+                ));
+            }
             if let Some(disks) = &protection.disks {
                 disks.ask(copier::Work::Arbiter(named(&arbiter)));
             }
+            protection.manner = manner;
             protection.orders.give(Order::Again { settings, arbiter, way, manner });
             return Ok(());
         }
         let incarnation = Incarnation(random()?);
         let me = Identity { lineage, incarnation };
         let primary = Primary::new(me, self.replication.term, settings, Rules::ALL);
-        let primary = manner.paced(primary);
-        let start = Some((arbiter, manner));
-        self.begin_protection(primary, me, settings.timeout, way, start)
+        self.begin_protection(primary, settings.timeout, way, Some(arbiter), manner)
     }
 
     /// Continue as the owner of a term that was won by a failover.
@@ -250,14 +263,16 @@ impl Vmm {
     /// # Errors
     /// When the host has no descriptor to give.
     pub fn promoted(&mut self, promotion: Promotion) -> Result<(), Error> {
-        let Promotion { me, term, promoted, settings, epoch, times, decided, .. } = promotion;
+        let Promotion { me, term, promoted, settings, disks, epoch, times, decided, .. } =
+            promotion;
         let run_us = microseconds(decided.elapsed());
         let times = FailoverTimes { run_us, ..times };
         (self.replication.lineage, self.replication.term) = (Some(me.lineage), term);
         self.replication.last.last_failover = Some(times);
         let (primary, outputs) = Primary::owner(me, term, promoted, settings, Rules::ALL);
         let way = Way { peer: None, security: Security::Plain(false) };
-        self.begin_protection(primary, me, settings.timeout, way, None)?;
+        let manner = Manner { disks, ..Manner::default() };
+        self.begin_protection(primary, settings.timeout, way, None, manner)?;
         for output in outputs {
             if let replication::Output::Ask { nonce, question } = output {
                 self.replication_asks(Query { nonce, question });
@@ -267,14 +282,17 @@ impl Vmm {
         Ok(())
     }
 
+    /// Begin to protect the machine if there is an `arbiter`, else only to own its term.
     fn begin_protection(
         &mut self,
-        primary: Primary,
-        me: Identity,
+        mut primary: Primary,
         timeout: Duration,
         way: Way,
-        start: Option<(Arbiter, Manner)>,
+        arbiter: Option<Arbiter>,
+        manner: Manner,
     ) -> Result<(), Error> {
+        let me = primary.me();
+        manner.set_rhythm(&mut primary);
         let failed = |e: std::io::Error| Error::generic(&e);
         self.machine.prepare_to_save().map_err(|e| Error::generic(&e))?;
         let config = self.machine.description(random()?, None);
@@ -282,16 +300,14 @@ impl Vmm {
         let (to, orders) = channel();
         let (reports, inbox) = channel();
         // What the thread has not shown yet must not look as if there were no protection.
-        let state = match start {
+        let state = match arbiter {
             Some(_) => ReplicationStatus::Connecting,
             None => ReplicationStatus::Degraded,
         };
         let tsc = self.machine.tsc().map_err(|e| Error::generic(&e))?;
-        let (arbiter, manner) = start.unzip();
         let named = arbiter.as_ref().map(named);
         let (starts, cpu) = (arbiter.is_some(), self.machine.cpu());
         let host = Host::of(arbiter.unwrap_or(Arbiter::None), tsc, cpu);
-        let manner = manner.unwrap_or_default();
         let status = Arc::new(Mutex::new(ReplicationInfo {
             state,
             role: Some(ReplicationSide::Primary),
@@ -304,11 +320,13 @@ impl Vmm {
         let (disks, of_thread) = match manner.blackhole {
             // No checkpoint takes what is logged.
             Some(ReplicationBlackhole::Harvest) => (None, None),
+            _ if !manner.disks => (None, None),
             _ => self.disks_thread(me.lineage, named, &to_it)?.unzip(),
         };
+        let (heartbeat, key) = (manner.heartbeat, Some(Key::new().map_err(failed)?));
         let task = Task {
             primary,
-            offer: Offer { timeout, host, config },
+            offer: Offer { timeout, heartbeat, key, disks: manner.disks, host, config },
             way,
             disks: of_thread,
             memory: self.machine.memory().clone(),
@@ -376,10 +394,7 @@ impl Vmm {
         command: Command,
         force: bool,
     ) -> Result<(), Error> {
-        let Some(protection) = &self.replication.protection else {
-            let desc = "the machine is not protected: start that with replication-start";
-            return Err(Error::text(desc));
-        };
+        let protection = self.protection()?;
         if command == Command::Failover && protection.manner.blackhole.is_some() {
             return Err(Error::text("there is no backup: the machine is replicated into nothing"));
         }
@@ -446,6 +461,32 @@ impl Vmm {
             protection.orders.give(Order::Answered { nonce, question, answer: given });
         }
         Ok(())
+    }
+
+    /// Take an agent's socket for signs of life on a second path.
+    ///
+    /// # Errors
+    /// When the machine is not protected, or this is no such socket.
+    pub(crate) fn replication_heartbeat_path(
+        &mut self,
+        path: &ReplicationHeartbeatPath,
+        ticket: &Ticket,
+    ) -> Result<(), Error> {
+        let socket = handed::datagrams(&path.fd, &mut self.servers, ticket)?;
+        let protection = self.protection()?;
+        if !socket.is_connected {
+            let desc = "Invalid parameter 'fd': must be connected to the backup's socket";
+            return Err(Error::text(desc));
+        }
+        protection.orders.give(Order::Beside(socket));
+        Ok(())
+    }
+
+    /// The protection.
+    fn protection(&self) -> Result<&Protection, Error> {
+        let none =
+            || Error::text("the machine is not protected: start that with replication-start");
+        self.replication.protection.as_ref().ok_or_else(none)
     }
 
     /// The state of replication.

@@ -39,6 +39,7 @@ use transport::{Descriptors, Link, Security};
 
 use self::copy::DiskCopy;
 use super::{
+    beside::{Beside, Socket},
     copier,
     history::{History, Pause},
     offer::Offer,
@@ -146,6 +147,8 @@ pub enum Order {
     },
     /// To [`Report::Connect`].
     Connected(Descriptors),
+    /// The second path.
+    Beside(Socket),
     /// Of a client.
     Command(Input),
     /// Of the thread that reads the disks, for the copy with this number.
@@ -206,6 +209,10 @@ pub struct Manner {
     pub compress: bool,
     /// Output is held.
     pub hold: bool,
+    /// What the guest writes to its disks is sent.
+    pub disks: bool,
+    /// Time from one sign of life to the next, if that is not a tenth of the time-out.
+    pub heartbeat: Option<Duration>,
     /// There is no backup: what would be sent is dropped.
     pub blackhole: Option<ReplicationBlackhole>,
     /// The period is adapted to the guest, and no longer than this.
@@ -219,10 +226,10 @@ pub struct Manner {
 }
 
 impl Manner {
-    /// The primary, with the rhythm of epochs that is wanted.
-    pub fn paced(&self, mut primary: Primary) -> Primary {
+    /// Give a primary the rhythm of epochs and signs of life that is wanted.
+    pub fn set_rhythm(&self, primary: &mut Primary) {
         primary.pace(self.longest.map(Pace::new), self.strict);
-        primary
+        primary.set_heartbeat(self.heartbeat);
     }
 }
 
@@ -231,6 +238,8 @@ impl Default for Manner {
         Self {
             compress: true,
             hold: true,
+            disks: true,
+            heartbeat: None,
             blackhole: None,
             longest: None,
             strict: false,
@@ -264,6 +273,8 @@ pub struct Protector<R> {
     postponed: Option<(Epoch, bool)>,
     /// The epoch for which memory is only asked what has changed.
     harvesting: Option<Epoch>,
+    /// The second path.
+    beside: Beside,
     /// Connections so far.
     connections: u64,
     reader: Incoming,
@@ -313,6 +324,8 @@ impl<R: Fn(Report)> Protector<R> {
     /// A thread that reports by `report`.
     pub fn new(task: Task, report: R) -> Self {
         let outgoing = Outgoing::new(task.memory.clone(), task.manner.compress);
+        let mut beside = Beside::new(task.primary.me().incarnation);
+        beside.set_key(task.offer.key.clone());
         let mut inputs = VecDeque::new();
         if task.start {
             inputs.push_back(Input::Command(Command::Start));
@@ -331,6 +344,7 @@ impl<R: Fn(Report)> Protector<R> {
             growing: false,
             postponed: None,
             harvesting: None,
+            beside,
             connections: 0,
             reader: Incoming::default(),
             reason: None,
@@ -370,6 +384,9 @@ impl<R: Fn(Report)> Protector<R> {
             self.look_for_output();
             self.read();
             self.look_for_backup();
+            if self.beside.receive(&self.task.primary.status()) {
+                self.inputs.push_back(Input::HeardBeside);
+            }
             self.look_at_tracked();
             self.inputs.push_back(Input::Tick);
         };
@@ -408,6 +425,7 @@ impl<R: Fn(Report)> Protector<R> {
             fds.extend(connection.interest());
         }
         fds.extend(self.backup.as_ref().and_then(Watched::interest));
+        fds.extend(self.beside.interest());
         match poll(&mut fds, left.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {
                 self.task.wake.clear();
@@ -455,7 +473,7 @@ impl<R: Fn(Report)> Protector<R> {
             Output::Track { since } => self.track(since),
             Output::Untrack => self.untrack(),
             Output::Throttle(percent) => (self.report)(Report::Throttle(percent)),
-            Output::BeatBeside => {}
+            Output::BeatBeside => self.beside.send(self.task.primary.term()),
             Output::Harvest => {
                 if !std::mem::replace(&mut self.growing, true) {
                     self.ask(Report::Harvest);
@@ -513,6 +531,7 @@ impl<R: Fn(Report)> Protector<R> {
         let mut shown = self.task.status.lock();
         shown.state = self.status();
         show(&mut shown, &self.task.primary.status());
+        shown.second_path_beats = self.beside.heard();
         shown.fault_ns = nanoseconds(self.faults.each());
         shown.held_bytes = held.bytes as u64;
         shown.oldest_us = microseconds(held.oldest);

@@ -13,6 +13,7 @@ use super::{
     protector::Manner,
     questions::{leaves, on_loss},
 };
+use crate::durations::milliseconds;
 
 /// In place of the machine: a backup compares that itself, with the offer.
 const RUNS_HERE: Digest = Digest(1);
@@ -26,6 +27,10 @@ const LEAST_ROOM: u64 = 1 << 20;
 /// Milliseconds from one epoch to the next.
 const PERIODS: RangeInclusive<u64> = 1..=60_000;
 const TIMEOUT: Duration = Duration::from_secs(1);
+/// Between two signs of life.
+const LEAST_HEARTBEAT: Duration = Duration::from_millis(1);
+/// As many have to be lost before a side is suspected.
+const MOST_BEATS: u32 = 3;
 const ACK_LIMIT: Duration = Duration::from_secs(10);
 
 fn named(name: &str) -> Digest {
@@ -89,6 +94,8 @@ pub fn manner(start: &ReplicationStart) -> Result<Manner, Error> {
         hold: start.network != Some(false)
             && start.blackhole != Some(ReplicationBlackhole::Harvest),
         blackhole: start.blackhole,
+        disks: start.disks != Some(false),
+        heartbeat: start.heartbeat_interval.map(Duration::from_millis),
         longest: start.max_period.map(Duration::from_millis),
         strict: start.timer == Some(true),
         max_staging: start.max_staging.unwrap_or(staging::MAX_BYTES),
@@ -102,6 +109,17 @@ pub fn manner(start: &ReplicationStart) -> Result<Manner, Error> {
                 "Invalid parameter '{name}': {value}: must be {LEAST_ROOM} to {most} bytes"
             )));
         }
+    }
+    let timeout = start.heartbeat_timeout.map_or(TIMEOUT, Duration::from_millis);
+    if let Some(heartbeat) = manner.heartbeat
+        && !(LEAST_HEARTBEAT..=timeout / MOST_BEATS).contains(&heartbeat)
+    {
+        return Err(Error::text(format!(
+            "Invalid parameter 'heartbeat-interval': {}: must be 1 to {} milliseconds, a third of \
+             heartbeat-timeout",
+            milliseconds(heartbeat),
+            milliseconds(timeout / MOST_BEATS)
+        )));
     }
     if let (Some(_), Some(_)) = (start.interval, start.max_period) {
         return Err(Error::text(
@@ -124,6 +142,11 @@ pub fn manner(start: &ReplicationStart) -> Result<Manner, Error> {
             !manner.hold && manner.blackhole.is_none(),
             "'network': output that is not held is seen before the backup could continue from it",
         ),
+        (
+            !manner.disks,
+            "'disks': the backup does not get what the guest writes; where both hosts have the same \
+             images, the guest finds there what it has written after its last checkpoint",
+        ),
     ]
     .into_iter()
     .filter_map(|(is_so, reason)| is_so.then_some(reason))
@@ -135,6 +158,12 @@ pub fn manner(start: &ReplicationStart) -> Result<Manner, Error> {
         "this does not protect the machine; 'unsafe' accepts that: {}",
         reasons.join("; ")
     )))
+}
+
+/// How often a backup sends signs of life, which an offer asks for.
+pub fn heartbeat(wanted: Option<Duration>, timeout: Duration) -> Option<Duration> {
+    let most = (timeout / MOST_BEATS).max(LEAST_HEARTBEAT);
+    wanted.map(|wanted| wanted.clamp(LEAST_HEARTBEAT, most))
 }
 
 /// The settings of a backup, which waits for a peer as long as the offer says.

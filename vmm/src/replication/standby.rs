@@ -16,8 +16,9 @@ use machine::{Memory, Moment, Tsc};
 use parking_lot::Mutex;
 use qmp::schema::{FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationStatus};
 use replication::{
-    Answer, Backup, Connection as Number, Epoch, Event as Told, Exit, Identity, Incarnation, Input,
-    Lineage, Mark, Message, Output, Settings, Term, Why, backup::State, contents::Reader, wire,
+    Answer, Backup, Command, Connection as Number, Epoch, Event as Told, Exit, Identity,
+    Incarnation, Input, Lineage, Mark, Message, Output, Settings, Term, Why, backup::State,
+    contents::Reader, wire,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -28,6 +29,7 @@ use transport::{Descriptors, Link, MOST_AT_ONCE, Security};
 
 use self::images::Kept;
 use super::{
+    beside::{Beside, Key, Socket},
     keeper::{Keeper, Wanted, Work},
     outside::Outside,
     process::{self, Process, Watched},
@@ -41,8 +43,11 @@ use crate::{
 
 /// Most bytes of an epoch that is kept aside, unless the guest has more memory.
 const LONGEST_EPOCH: u64 = 512 << 20;
-/// Connections at a time: the one in use, and one that may take its place.
-const PEERS: usize = 2;
+/// Connections at a time: the one in use, one that may take its place, and those that have to show
+/// first that they come from a primary.
+const PEERS: usize = 4;
+/// How long they may take for that.
+const INTRODUCTION: Duration = Duration::from_secs(5);
 /// Most bytes that wait to be sent to a peer, which does not read then: all messages are short.
 const MOST_QUEUED: usize = 1 << 20;
 
@@ -52,6 +57,8 @@ pub enum ToStandby {
     Answer(ReplicationAnswer),
     /// A primary's connection.
     Connected(Descriptors),
+    /// The second path.
+    Beside(Socket),
     /// A client's command.
     Command(Input),
     /// The monitor ends.
@@ -83,6 +90,8 @@ pub struct Promotion {
     pub promoted: Option<Incarnation>,
     /// As they were.
     pub settings: Settings,
+    /// Its disks were replicated.
+    pub disks: bool,
     /// The epoch that it runs from.
     pub epoch: Epoch,
     /// When that had arrived: the guest's clocks continue from there.
@@ -182,8 +191,12 @@ pub struct Standby<B, T> {
     current: Option<Number>,
     /// The process at its other end, if that is on this host.
     primary: Option<Watched>,
+    /// The second path.
+    beside: Beside,
     /// The machine that memory is for.
     offered: Option<Config>,
+    /// What its guest writes to its disks comes, too.
+    disks: bool,
     memory: Option<Memory>,
     /// Memory may not be zero.
     filled: bool,
@@ -241,12 +254,31 @@ struct Peer {
     settings: Option<Settings>,
     /// The primary's process.
     process: Option<Watched>,
+    /// When it was accepted.
+    came: Instant,
+    /// What its offer has of signs of life.
+    beats: Beats,
+}
+
+impl Peer {
+    /// When it is closed, unless its offer has come by then.
+    fn stays_until(&self) -> Option<Instant> {
+        self.settings.is_none().then(|| self.came + INTRODUCTION)
+    }
+}
+
+/// How a primary wants signs of life.
+#[derive(Default)]
+struct Beats {
+    heartbeat: Option<Duration>,
+    key: Option<Key>,
 }
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// A thread with this task.
     pub fn new(task: Task, builder: B, keeper: Keeper, tell: T) -> Self {
         let now = Instant::now();
+        let beside = Beside::new(task.incarnation);
         Self {
             task,
             builder,
@@ -262,7 +294,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             accepted: None,
             current: None,
             primary: None,
+            beside,
             offered: None,
+            disks: true,
             memory: None,
             filled: false,
             coming: Arriving::default(),
@@ -305,7 +339,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             self.take_built();
             self.take_done();
             self.read();
+            self.close_strangers();
             self.look_for_primary();
+            self.listen_beside();
             if self.builds_at.take_if(|at| *at <= Instant::now()).is_some() {
                 self.build();
             }
@@ -324,6 +360,8 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let builds = self.builds_at.map(|at| at.saturating_duration_since(Instant::now()));
         let reading = || self.peers.iter().filter(|peer| self.reads(peer.number));
         let handshakes = reading().filter_map(|peer| peer.connection.deadline());
+        let strangers = self.peers.iter().filter_map(Peer::stays_until);
+        let handshakes = handshakes.chain(strangers);
         let handshakes = handshakes.map(|at| at.saturating_duration_since(Instant::now()));
         let left = left.into_iter().chain(builds).chain(handshakes).min();
         let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
@@ -333,6 +371,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         ];
         reading().for_each(|peer| fds.extend(peer.connection.interest()));
         fds.extend(self.primary.as_ref().and_then(Watched::interest));
+        fds.extend(self.beside.interest());
         match poll(&mut fds, left.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(false),
@@ -367,7 +406,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                 }
             }
             Output::Close(number) => {
-                self.flush();
+                self.push();
                 self.close(Some(number));
             }
             Output::Ask { nonce, question } => {
@@ -417,9 +456,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                 };
                 self.over.get_or_insert(Err(why));
             }
+            Output::BeatBeside => {
+                let term = self.backup.as_ref().map(Backup::term);
+                term.into_iter().for_each(|term| self.beside.send(term));
+            }
             // A primary's.
-            Output::BeatBeside
-            | Output::Dial
+            Output::Dial
             | Output::Sync { .. }
             | Output::Track { .. }
             | Output::Untrack
@@ -439,8 +481,13 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             match order {
                 ToStandby::Answer(given) => self.answered(&given),
                 ToStandby::Connected(descriptors) => self.add(descriptors),
+                ToStandby::Beside(socket) => self.beside.set_socket(socket),
                 ToStandby::Command(input) => self.inputs.push_back(input),
-                ToStandby::End => drop(self.over.get_or_insert(Err("as it was told to".into()))),
+                ToStandby::End => {
+                    self.over.get_or_insert(Err("as it was told to".into()));
+                    self.inputs.push_back(Input::Command(Command::Quit));
+                    self.take_inputs();
+                }
             }
         }
     }
@@ -478,6 +525,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     fn show(&self) {
         let mut shown = self.task.status.lock();
         shown.state = self.status();
+        shown.second_path_beats = self.beside.heard();
         if let Some(backup) = &self.backup {
             let status = backup.status();
             show(&mut shown, &status);

@@ -5,7 +5,7 @@ mod bad_frames;
 use std::{
     fs,
     io::{Read, Write, pipe},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream, UdpSocket},
     ops::Range,
     os::{
         fd::OwnedFd,
@@ -42,6 +42,7 @@ use state::testing::{MEMORY, config, sections};
 use transport::{Descriptors, Names, Security, testing::Authority};
 
 use super::{
+    beside::{Key, Socket},
     copier,
     disks::Disks,
     entrance,
@@ -343,6 +344,9 @@ impl Protected {
             primary: Primary::new(me, Term(1), settings, Rules::ALL),
             offer: Offer {
                 timeout: TIMEOUT,
+                heartbeat: None,
+                key: Some(Key::new().unwrap()),
+                disks: true,
                 host: Offered::of(arbiter.clone(), tsc, None),
                 config: config(1),
             },
@@ -541,6 +545,8 @@ struct Link {
     gone: Arc<Mutex<bool>>,
     /// How long each 64 KiB take.
     slow: Arc<Mutex<Duration>>,
+    /// Nothing is forwarded meanwhile.
+    stuck: Arc<Mutex<bool>>,
 }
 
 impl Link {
@@ -549,7 +555,8 @@ impl Link {
         let ends = Arc::<Mutex<Vec<UnixStream>>>::default();
         let gone = Arc::<Mutex<bool>>::default();
         let slow = Arc::<Mutex<Duration>>::default();
-        let (kept, over, slows) = (ends.clone(), gone.clone(), slow.clone());
+        let stuck = Arc::<Mutex<bool>>::default();
+        let (kept, over, slows, held) = (ends.clone(), gone.clone(), slow.clone(), stuck.clone());
         thread::spawn(move || {
             for near in listener.incoming() {
                 if *over.lock() {
@@ -559,13 +566,17 @@ impl Link {
                 for (mut from, mut to) in [(&near, &far), (&far, &near)]
                     .map(|(a, b)| (a.try_clone().unwrap(), b.try_clone().unwrap()))
                 {
-                    let slow = slows.clone();
+                    let (slow, stuck) = (slows.clone(), held.clone());
                     thread::spawn(move || {
                         let mut piece = vec![0; 64 << 10];
                         // A cut ends it.
-                        while let Ok(length @ 1..) = from.read(&mut piece)
-                            && to.write_all(&piece[..length]).is_ok()
-                        {
+                        while let Ok(length @ 1..) = from.read(&mut piece) {
+                            while *stuck.lock() {
+                                thread::sleep(Duration::from_millis(1));
+                            }
+                            if to.write_all(&piece[..length]).is_err() {
+                                break;
+                            }
                             let share = u32::try_from(length).unwrap();
                             thread::sleep(*slow.lock() * share / (64 << 10));
                         }
@@ -575,7 +586,7 @@ impl Link {
                 kept.lock().extend([near, far]);
             }
         });
-        Self { ends, gone, slow }
+        Self { ends, gone, slow, stuck }
     }
 
     fn cut(&self) {
@@ -771,6 +782,42 @@ fn after_a_false_suspicion_only_what_has_changed_is_sent_again() {
         protected.is_equal(&backup);
     }
     assert_eq!(backup.rooms.lock().len(), 1);
+}
+
+#[test]
+fn nobody_is_suspected_while_the_second_path_has_signs_of_life() {
+    for second_path in [true, false] {
+        let (_directory, near, far) = places();
+        let record = Witness::default();
+        let backup = Backup::asking(&far, witness(), record.clone());
+        let link = Link::between(&near, &far);
+        let protected = Protected::asking(&near, &witness(), OnLoss::Claim, record);
+        if second_path {
+            let ends =
+                [UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap()];
+            ends[0].connect(ends[1].local_addr().unwrap()).unwrap();
+            let [here, there] = ends.map(|end| Socket::new(end.into()).unwrap());
+            protected.orders.give(Order::Beside(here));
+            backup.orders.send(ToStandby::Beside(there)).unwrap();
+            backup.wake.wake();
+            let both = || [&protected.status, &backup.status].map(|s| s.lock().second_path_beats);
+            wait_for("signs of life", || both().iter().all(|beats| *beats > 0));
+        }
+        protected.is_protected();
+        *link.stuck.lock() = true;
+        thread::sleep(3 * TIMEOUT);
+        *link.stuck.lock() = false;
+        let stalls = || protected.status.lock().stalls + backup.status.lock().stalls;
+        if second_path {
+            let acked = protected.status.lock().acked;
+            wait_for("checkpoints", || protected.status.lock().acked > acked);
+            assert_eq!(stalls(), 0);
+            protected.is_protected();
+        } else {
+            wait_for("a suspicion", || stalls() > 0);
+        }
+        drop(backup.end());
+    }
 }
 
 #[test]
@@ -992,9 +1039,9 @@ fn greeting(lineage: u128, change: impl FnOnce(&mut state::Config)) -> Vec<u8> {
 fn greeting_after(epoch: Epoch, lineage: u128, change: impl FnOnce(&mut state::Config)) -> Vec<u8> {
     let mut config = config(1);
     change(&mut config);
-    let mut bytes = Offer { timeout: TIMEOUT, host: Offered::of(Given::None, TSC, None), config }
-        .encode()
-        .unwrap();
+    let host = Offered::of(Given::None, TSC, None);
+    let offer = Offer { timeout: TIMEOUT, heartbeat: None, key: None, disks: true, host, config };
+    let mut bytes = offer.encode().unwrap();
     let message = Message::Hello(Hello {
         lineage: Lineage(lineage),
         incarnation: Incarnation(77),

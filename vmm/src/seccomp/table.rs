@@ -145,7 +145,7 @@ const CALLS: &[Group] = &[
     // QMP and console clients, primaries of a backup. Listening sockets were created before.
     Group { kinds: &[Main, Io, Stream], calls: &[SYS_accept4] },
     Group { kinds: &[Main, Io, Stream], calls: &[SYS_recvfrom] },
-    Group { kinds: &[Main, Vcpu, Io, Checkpoint], calls: &[SYS_sendto] },
+    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Stream], calls: &[SYS_sendto] },
     Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_shutdown] },
     // Receives a descriptor for `getfd`, and looks where it leads.
     Group { kinds: &[Main], calls: &[SYS_recvmsg, SYS_getpeername] },
@@ -195,6 +195,13 @@ const LIMITED: &[Limited] = &[
         allowed: Allowed::Values(&[IPPROTO_TCP as u32]),
     },
     limited(&[Stream], SYS_fcntl, &[F_SETFL as u32]),
+    // Whether what was handed over is for datagrams.
+    Limited {
+        kinds: &[Main],
+        call: SYS_getsockopt,
+        argument: 2,
+        allowed: Allowed::Values(&[SO_TYPE as u32]),
+    },
     // The process at its other end.
     Limited {
         kinds: &[Checkpoint, Stream],

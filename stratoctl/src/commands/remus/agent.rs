@@ -99,9 +99,7 @@ pub fn agent(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
 /// # Errors
 /// The domain's record cannot be read.
 pub fn dialer(place: &Place, protection: &Protection, dial: Dial) -> anyhow::Result<Dialer> {
-    let (name, identity) = (place.name.clone(), protection.identity.clone());
-    let Protection { moves, lineage, .. } = *protection;
-    let greeting = Greeting::new(name, place.description()?, identity, moves, lineage);
+    let greeting = Greeting::new(place.name.clone(), place.description()?, protection);
     Ok(Dialer::new(dial, greeting, place.run.join("log")))
 }
 

@@ -46,7 +46,7 @@ pub fn leave_behind(ctx: &Context, verb: Verb, place: &Place) -> anyhow::Result<
         None => Uuid::random().context("no random numbers")?,
     };
     // A machine with disks asks by itself before it runs: its disks say that it was protected.
-    let asks = has_disks(place);
+    let asks = has_disks(place) && !protection.shares_disks;
     let ask = |need: Need| witness.ask(&need);
     match verdict(ask, (protection.lineage, protection.side), own, !asks).map_err(doubt)? {
         Verdict::Free if asks => Ok(()),

@@ -19,7 +19,9 @@ use crate::{
     matrix::Verb,
     registry::Place,
     remus::{
+        beats,
         dial::Dial,
+        fence,
         protection::Protection,
         uuid::Uuid,
         wire::SideText,
@@ -34,6 +36,8 @@ const IDENTIFY_LIMIT: Duration = Duration::from_secs(10);
 const LONGEST_PERIOD: u64 = 200;
 /// Longest path of a socket (`sun_path`), with the NUL character that ends it.
 const LONGEST_SOCKET: usize = 108;
+/// The monitor's time-out in milliseconds, unless another one is given.
+const TIMEOUT: u64 = 1000;
 /// How soon a witness is asked again.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -68,15 +72,12 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool, quiet: bool) -> anyhow:
         None => Uuid::random().context("no random numbers")?,
     };
     let mut protection = Protection {
-        side: SideText::Primary,
-        lineage,
         witness: witness.as_ref().map(ToString::to_string),
         identity: identity.clone(),
         fence: args.fence.as_ref().map(ToString::to_string),
-        dial: None,
         moves,
-        incarnation: None,
-        moved: false,
+        shares_disks: args.no_disks,
+        ..Protection::new(SideText::Primary, lineage)
     };
     if args.local {
         let backup = receive::beside(ctx, &held.place, &protection, &args.disk)?;
@@ -85,10 +86,13 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool, quiet: bool) -> anyhow:
         protection.dial = Some(dial(ctx, args, host, &protection));
     }
     protection.record(&ctx.registry, &held.place).context("cannot record the protection")?;
-    let started = reach(&held.place, &protection).and_then(|()| {
+    let started = make(&held.place, &protection).and_then(|()| {
         revive(ctx, &held.place)?;
         let client = held.status.client()?;
         client.execute(&start(args, &protection)?)?;
+        if let Some(address) = &args.heartbeat_path {
+            beats::hand_over(client, &beats::connect(address)?)?;
+        }
         until_protected(client, &args.domain, quiet)
     });
     match started {
@@ -115,18 +119,14 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool, quiet: bool) -> anyhow:
     }
 }
 
-/// Connect to the backup's host once, and hang up. That makes the backup, which may take longer than
-/// the monitor waits for an answer, and says why it cannot be made.
+/// Have the backup made on its host.
 ///
 /// # Errors
 /// There is no connection, or no backup.
-fn reach(place: &Place, protection: &Protection) -> anyhow::Result<()> {
-    let Some(dial) = protection.dial.clone().filter(|dial| !matches!(dial, Dial::Unix(_))) else {
-        return Ok(());
-    };
-    let connected = dialer(place, protection, dial)?.connect();
+fn make(place: &Place, protection: &Protection) -> anyhow::Result<()> {
+    let Some(dial) = protection.dial.clone() else { return Ok(()) };
     let cannot = |e| Failure::new(format!("'{}' is not protected: {e}", place.name));
-    connected.map(drop).map_err(|e| cannot(e).into())
+    dialer(place, protection, dial)?.make().map_err(|e| cannot(e).into())
 }
 
 /// Every reason to refuse the options, at once.
@@ -155,12 +155,14 @@ fn refusals(args: &Remus) -> Vec<String> {
         "-n: output would be seen before the backup could continue from it; -F accepts that",
     );
     refuse(
-        args.no_disks,
-        "-d: the disks are always replicated: without them the backup could not run",
+        args.no_disks && !args.force,
+        "-d: the guest would find on its disks what it has written after its last checkpoint, or \
+         nothing where the hosts do not share them; -F accepts that",
     );
+    let longest = args.timeout.unwrap_or(TIMEOUT) / 3;
     refuse(
-        args.heartbeat.is_some(),
-        "--heartbeat: signs of life are sent as often as --timeout needs them: choose that",
+        args.heartbeat.is_some_and(|ms| ms == 0 || ms > longest),
+        &format!("--heartbeat: 1 to {longest} ms, a third of --timeout, so that one may be lost"),
     );
     refuse(
         args.tls.is_some() && args.port.is_none(),
@@ -178,6 +180,10 @@ fn refusals(args: &Remus) -> Vec<String> {
             &format!("--on-backup-loss {name}: needs --witness or --fence"),
         );
     }
+    refuse(
+        args.fence == Some(fence::Uri::Local) && !args.local && args.witness.is_none(),
+        "--fence local: ends processes of this host, so it decides only with --local",
+    );
     refuse(args.timeout.is_some_and(|ms| ms < 10), "--timeout: 10 ms is the least");
     let loopback = ["localhost", "127.0.0.1", "::1"];
     let elsewhere = args.host.as_deref().is_some_and(|host| !loopback.contains(&host));
@@ -231,7 +237,11 @@ fn dial(ctx: &Context, args: &Remus, host: &str, protection: &Protection) -> Dia
     if args.no_wait {
         words.push("-e".to_owned());
     }
-    for (option, value) in [("--witness", &protection.witness), ("--fence", &protection.fence)] {
+    for (option, value) in [
+        ("--witness", &protection.witness),
+        ("--fence", &protection.fence),
+        ("--heartbeat-path", &args.heartbeat_path),
+    ] {
         if let Some(value) = value {
             words.extend([option.to_owned(), value.clone()]);
         }
@@ -290,14 +300,16 @@ fn start(args: &Remus, protection: &Protection) -> anyhow::Result<ReplicationSta
         on_backup_loss: args.on_backup_loss.map(Into::into),
         on_backup_slow: args.on_backup_slow.map(Into::into),
         heartbeat_timeout: args.timeout,
-        ack_limit: None,
-        max_staging: None,
-        max_held: None,
+        heartbeat_interval: args.heartbeat,
+        ack_limit: args.ack_limit,
+        max_staging: args.max_staging,
+        max_held: args.max_held,
         compression: args.uncompressed.then_some(false),
         network: args.no_hold.then_some(false),
+        disks: args.no_disks.then_some(false),
         blackhole: args.blackhole.then_some(ReplicationBlackhole::Checkpoint),
         // Refused before, unless it was accepted.
-        r#unsafe: (args.blackhole || args.no_hold).then_some(true),
+        r#unsafe: (args.blackhole || args.no_hold || args.no_disks).then_some(true),
     })
 }
 
@@ -334,16 +346,18 @@ mod tests {
         for (words, reasons) in [
             ("web b --witness dir:/w", &[][..]),
             ("web b --fence ssh:b", &[]),
-            ("web --local", &[]),
+            ("web --local --fence local", &[]),
+            ("web b --fence local --witness dir:/w", &[]),
+            ("web b --fence local", &["decides only with --local"]),
             ("web b", &["neither"]),
             ("web b -F", &[]),
-            ("web b -N -n", &["-N:", "-n:", "neither"]),
+            ("web b -N -n -d", &["-N:", "-n:", "-d:", "neither"]),
             ("web b -n -b", &["-b:", "-n:"]),
             ("web b -u -n -b -F", &[]),
             ("web --local -b -F", &["leave out --local"]),
             (
-                "web b -F --max-period 50 -d --heartbeat 20 --tls /t",
-                &["--max-period:", "-d:", "--heartbeat:", "--tls:"],
+                "web b -F --max-period 50 -d --heartbeat 400 --tls /t",
+                &["--max-period:", "--heartbeat:", "--tls:"],
             ),
             ("web b -F -i auto --max-period 50 --timer", &[]),
             ("web b --witness dir:/w --on-backup-loss continue -F", &["continue"]),
@@ -351,7 +365,8 @@ mod tests {
             ("web b -F --on-backup-loss witness", &["witness: needs"]),
             ("web b -F --on-backup-loss stop", &["stop: needs"]),
             ("web b --witness dir:/w --timeout 9", &["--timeout"]),
-            ("web b --witness dir:/w --timeout 200", &[]),
+            ("web b --witness dir:/w --timeout 200 --heartbeat 66", &[]),
+            ("web b --witness dir:/w --timeout 200 --heartbeat 67", &["1 to 66 ms"]),
             ("web b -p 9 --witness dir:/w", &["in the clear"]),
             ("web localhost -p 9 --witness dir:/w", &[]),
             ("web b -p 9 --tls /t --witness dir:/w", &[]),
@@ -378,15 +393,8 @@ mod tests {
         let line = |words: &str, root| {
             let args = parse(words);
             let protection = Protection {
-                side: SideText::Primary,
-                lineage: Uuid(7),
                 witness: args.witness.as_ref().map(ToString::to_string),
-                identity: None,
-                fence: None,
-                dial: None,
-                moves: false,
-                incarnation: None,
-                moved: false,
+                ..Protection::new(SideText::Primary, Uuid(7))
             };
             dial(&ctx(root), &args, args.host.as_deref().unwrap(), &protection)
         };
@@ -400,6 +408,10 @@ mod tests {
             line("web b --witness dir:/w", None),
             command("ssh b 'stratoctl remus-receive --witness dir:/w'")
         );
+        assert_eq!(
+            line("web b -F --heartbeat-path 10.0.0.2:7", None),
+            command("ssh b 'stratoctl remus-receive --heartbeat-path 10.0.0.2:7'")
+        );
         assert_eq!(line("web receive-it -F -s ''", None), command("receive-it"));
         assert_eq!(line("web b -F -p 9", None), Dial::Tcp("b".into(), 9));
         assert_eq!(line("web b -F -p 9 --tls /t", None), Dial::Tls("b".into(), 9, "/t".into()));
@@ -408,15 +420,9 @@ mod tests {
     #[test]
     fn options_become_arguments_and_defaults_are_left_to_the_monitor() {
         let protection = |identity: Option<&str>, fence: Option<&str>| Protection {
-            side: SideText::Primary,
-            lineage: Uuid(7),
-            witness: None,
             identity: identity.map(str::to_owned),
             fence: fence.map(str::to_owned),
-            dial: None,
-            moves: false,
-            incarnation: None,
-            moved: false,
+            ..Protection::new(SideText::Primary, Uuid(7))
         };
         let said = |words: &str, protection| start(&parse(words), &protection).unwrap();
         let usual = ReplicationStart {
@@ -456,6 +462,21 @@ mod tests {
                 max_period: Some(200),
                 timer: Some(true),
                 compression: Some(false),
+                ..usual.clone()
+            }
+        );
+        assert_eq!(
+            said(
+                "web b -F --heartbeat 9 --ack-limit 5 --max-staging 2M --max-held 32M -d",
+                protection(None, None)
+            ),
+            ReplicationStart {
+                heartbeat_interval: Some(9),
+                ack_limit: Some(5),
+                max_staging: Some(2 << 20),
+                max_held: Some(32 << 20),
+                disks: Some(false),
+                r#unsafe: Some(true),
                 ..usual.clone()
             }
         );

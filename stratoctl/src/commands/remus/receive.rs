@@ -34,6 +34,7 @@ use crate::{
     monitor::{self, More},
     registry::{Description, Lock, Name, Place},
     remus::{
+        beats,
         bounded::wait,
         dial::{Greeting, Welcome, read_line, write_line},
         protection::Protection,
@@ -60,7 +61,10 @@ pub fn receive(ctx: &Context, args: &RemusReceive) -> anyhow::Result<Answer> {
                 |fd: io::Result<OwnedFd>| fd.map(File::from).context("standard input and output");
             let input = own(io::stdin().as_fd().try_clone_to_owned())?;
             let output = own(io::stdout().as_fd().try_clone_to_owned())?;
-            let place = welcome(ctx, args, &input, &output)?;
+            let (place, only_made) = welcome(ctx, args, &input, &output)?;
+            if only_made {
+                return Ok(Answer::silent());
+            }
             let socket = connect(&place.run)?;
             // The other thread may never get input; it ends with this process.
             let carried = relay(input, output, &socket);
@@ -133,7 +137,7 @@ fn take_in(
     tls: Option<&Arc<ServerConfig>>,
 ) -> anyhow::Result<Place> {
     stream.set_nonblocking(false)?;
-    let place = match tls {
+    let (place, only_made) = match tls {
         None => welcome(ctx, args, &stream, &stream)?,
         Some(config) => {
             let mut session = Encrypted::server(&stream, config.clone())?;
@@ -144,6 +148,9 @@ fn take_in(
             made?
         }
     };
+    if only_made {
+        return Ok(place);
+    }
     let mut client = domain::qmp(&place)?;
     let name = "primary";
     client.execute_with_fds("getfd", json!({ "fdname": name }), &[stream.as_fd()])?;
@@ -152,13 +159,13 @@ fn take_in(
     Ok(place)
 }
 
-/// Exchange the first lines; the domain.
+/// Exchange the first lines; the domain, and whether it was only to be made.
 fn welcome<T>(
     ctx: &Context,
     args: &RemusReceive,
     mut input: &T,
     mut output: &T,
-) -> anyhow::Result<Place>
+) -> anyhow::Result<(Place, bool)>
 where
     T: AsFd,
     for<'a> &'a T: Read + Write,
@@ -172,15 +179,16 @@ where
     Ok(made)
 }
 
-/// The domain for which a greeting has come, and the answer to that.
+/// The domain for which a greeting has come, whether it was only to be made, and the answer.
 fn answered(
     ctx: &Context,
     args: &RemusReceive,
     greeting: Greeting,
-) -> (anyhow::Result<Place>, Welcome) {
+) -> (anyhow::Result<(Place, bool)>, Welcome) {
     let made = greeting.check().map_err(anyhow::Error::from).and_then(|greeting| {
         let name = args.name.clone().unwrap_or_else(|| greeting.name.clone());
-        receiver(ctx, args, &name, greeting)
+        let make = greeting.make;
+        receiver(ctx, args, &name, greeting).map(|place| (place, make))
     });
     let error = made.as_ref().err().map(|e| format!("{e:#}"));
     (made, Welcome { error })
@@ -202,6 +210,12 @@ fn receiver(
         revive(ctx, &place)?;
         return Ok(place);
     }
+    if !greeting.make {
+        let what = format!("there is no backup of '{}' here any more", greeting.name);
+        let hint =
+            format!("`stratoctl remus {} HOST` where the domain is makes one", greeting.name);
+        return Err(Failure::hint(what, hint).into());
+    }
     let identity = args.witness.as_ref().map(identify).transpose()?;
     if identity != greeting.witness {
         let show =
@@ -214,17 +228,23 @@ fn receiver(
         return Err(Failure::hint(what, "give both the same --witness").into());
     }
     let protection = Protection {
-        side: SideText::Backup,
-        lineage,
         witness: args.witness.as_ref().map(ToString::to_string),
         identity,
         fence: args.fence.as_ref().map(ToString::to_string),
-        dial: None,
         moves: greeting.moves,
-        incarnation: None,
-        moved: false,
+        shares_disks: greeting.shares_disks,
+        ..Protection::new(SideText::Backup, lineage)
     };
-    make(ctx, name, &greeting.domain, &protection, (args.tls.as_deref(), &args.disk))
+    let place = make(ctx, name, &greeting.domain, &protection, (args.tls.as_deref(), &args.disk))?;
+    if let Some(address) = &args.heartbeat_path {
+        let listened = beats::listen(address)
+            .and_then(|socket| beats::hand_over(&mut domain::qmp(&place)?, &socket));
+        if let Err(e) = listened {
+            end(ctx, &mut unlocked(place.clone(), domain::query(&ctx.registry, &place)))?;
+            return Err(e);
+        }
+    }
+    Ok(place)
 }
 
 fn connect(run: &Path) -> anyhow::Result<UnixStream> {
@@ -247,7 +267,8 @@ pub fn beside(
     description.uuid = configuration::uuid()?;
     let (side, dial) = (SideText::Backup, None);
     let protection = Protection { side, dial, incarnation: None, ..primary.clone() };
-    let disks = beside_those(&description, disks);
+    let disks =
+        if primary.shares_disks { disks.to_vec() } else { beside_those(&description, disks) };
     let backup = make(ctx, &name, &description, &protection, (None, &disks))?;
     Ok(backup.run.join(SOCKET))
 }

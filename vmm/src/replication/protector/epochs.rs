@@ -9,11 +9,7 @@ use machine::{
     },
 };
 use qmp::schema::ReplicationBlackhole;
-use replication::{
-    Answer, Command, Epoch, Input, Room, contents,
-    pace::{Cost, Pace},
-    primary::State,
-};
+use replication::{Answer, Command, Epoch, Input, Room, contents, pace::Cost, primary::State};
 use state::config::Halted;
 
 use super::super::{
@@ -264,6 +260,7 @@ impl<R: Fn(Report)> Protector<R> {
                 }
             }
             Order::Connected(connection) => self.connected(connection),
+            Order::Beside(socket) => self.beside.set_socket(socket),
             Order::Command(input) => self.inputs.push_back(input),
             // It is protected again already.
             Order::Again { .. } if self.task.primary.state() != State::Degraded => {}
@@ -272,7 +269,8 @@ impl<R: Fn(Report)> Protector<R> {
                 self.task.offer.host.arbiter = arbiter;
                 (self.task.offer.timeout, self.task.way) = (settings.timeout, way);
                 self.task.primary.set(settings);
-                self.task.primary.pace(manner.longest.map(Pace::new), manner.strict);
+                self.task.offer.heartbeat = manner.heartbeat;
+                manner.set_rhythm(&mut self.task.primary);
                 self.outgoing = Outgoing::new(self.task.memory.clone(), manner.compress);
                 self.task.manner = manner;
                 self.inputs.push_back(Input::Command(Command::Start));

@@ -121,9 +121,9 @@ impl Kept {
 }
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
-    /// Open the images of the machine that is offered, if it has disks.
+    /// Open the images of the machine that is offered, if it has disks and they are replicated.
     pub(super) fn open_images(&mut self, description: &Description) -> Result<(), String> {
-        let wanted = self.builder.disks(description)?;
+        let wanted = if self.disks { self.builder.disks(description)? } else { Vec::new() };
         (self.kept.sizes, self.kept.entry) = (Vec::new(), None);
         if wanted.is_empty() {
             return Ok(());

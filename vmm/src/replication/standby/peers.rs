@@ -18,7 +18,7 @@ use super::super::{
     received::{SECTIONS, written},
     settings,
 };
-use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, Standby, Tell};
+use super::{Accepted, Beats, Builder, Building, LONGEST_EPOCH, PEERS, Peer, Standby, Tell};
 use transport::Descriptors;
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
@@ -36,14 +36,33 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         };
         self.connections += 1;
         let number = Number(self.connections);
-        // The one that has waited longest in vain makes room.
-        if self.peers.len() >= PEERS {
-            let waits = self.peers.iter().find(|peer| Some(peer.number) != self.current);
-            self.close(waits.map(|peer| peer.number));
+        self.make_room();
+        self.peers.push(Peer {
+            number,
+            connection,
+            bytes: Vec::new(),
+            reader: None,
+            settings: None,
+            process: None,
+            came: Instant::now(),
+            beats: Beats::default(),
+        });
+    }
+
+    /// Close a connection if there are too many: of those that have not shown that they belong to a
+    /// primary, the one that has waited longest, and of the others only if there is none.
+    fn make_room(&mut self) {
+        if self.peers.len() < PEERS {
+            return;
         }
-        let bytes = Vec::new();
-        let (reader, settings, process) = (None, None, None);
-        self.peers.push(Peer { number, connection, bytes, reader, settings, process });
+        let waiting = || self.peers.iter().filter(|peer| Some(peer.number) != self.current);
+        let stranger = waiting().find(|peer| peer.settings.is_none());
+        self.close(stranger.or_else(|| waiting().next()).map(|peer| peer.number));
+    }
+
+    /// Close what has not shown in time that it belongs to a primary.
+    pub(super) fn close_strangers(&mut self) {
+        self.peers.retain(|peer| peer.stays_until().is_none_or(|until| until > Instant::now()));
     }
 
     pub(super) fn close(&mut self, number: Option<Number>) {
@@ -66,7 +85,13 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let filling = self.backup.as_ref().is_some_and(|b| b.state() == State::Syncing);
         self.accepted = Some(Accepted { number, term, last, filling });
         self.current = Some(number);
-        self.primary = self.peer(number).and_then(|peer| peer.process.take());
+        let Some(peer) = self.peer(number) else { return };
+        let (process, beats) = (peer.process.take(), std::mem::take(&mut peer.beats));
+        self.primary = process;
+        self.beside.set_key(beats.key);
+        if let Some(backup) = &mut self.backup {
+            backup.set_heartbeat(beats.heartbeat);
+        }
         self.coming.clear();
     }
 
@@ -85,6 +110,15 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             self.inputs.push_back(Input::PeerGone);
             // It will not connect again.
             self.builds_at = self.builds_at.map(|_| Instant::now());
+        }
+    }
+
+    /// Take signs of life that come by the second path.
+    pub(super) fn listen_beside(&mut self) {
+        let Some(backup) = &self.backup else { return };
+        if self.beside.receive(&backup.status()) {
+            self.heard = Instant::now();
+            self.inputs.push_back(Input::HeardBeside);
         }
     }
 
@@ -160,10 +194,13 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                         let needed = process::is_needed(&self.task.arbiter);
                         let unknown = process.as_ref().err().filter(|_| needed);
                         let unknown = unknown.map(process::refusal);
+                        let heartbeat = settings::heartbeat(offer.heartbeat, offer.timeout);
+                        let beats = Beats { heartbeat, key: offer.key.clone() };
                         let (reader, settings, differs) = self.offered(offer, unknown)?;
                         if let Some(peer) = self.peer(number) {
                             peer.connection.send(offer::process(own.as_ref()));
                             (peer.settings, peer.process) = (Some(settings), process.ok());
+                            peer.beats = beats;
                             if let Some(why) = &differs {
                                 peer.connection.send(offer::reason(why));
                             }
@@ -186,7 +223,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         offer: Offer,
         mut differs: Option<String>,
     ) -> Result<(Reader, Settings, Option<String>), String> {
-        let Offer { timeout, host, config } = offer;
+        let Offer { timeout, disks, host, config, .. } = offer;
         let description =
             Description::try_from(&config).map_err(|e| qmp::Error::generic(&e).to_string())?;
         let size = description.config.memory.size.bytes();
@@ -197,6 +234,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             (self.offered, self.memory, self.filled) = (None, None, false);
             differs = differs.or_else(|| host.differs(&self.task.arbiter));
             if differs.is_none() {
+                self.disks = disks;
                 let opened = self.open_images(&description);
                 let guest = Some((host.cpu, host.tsc));
                 match opened.and_then(|()| self.builder.room(description, guest)) {
@@ -294,16 +332,23 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         outputs.into_iter().for_each(|output| self.carry_out(output));
     }
 
+    /// Send what can be sent. A connection that takes nothing any more has ended, once what it has
+    /// said last is read.
     pub(super) fn flush(&mut self) {
-        let mut ended = Vec::new();
-        for Peer { number, connection, .. } in &mut self.peers {
-            if connection.flush().is_err() {
-                ended.push(*number);
+        for number in self.push() {
+            (0..READS).all(|_| self.reads(number) && self.read_some(number));
+            if self.peer(number).is_some() {
+                self.close(Some(number));
+                self.inputs.push_back(Input::Closed(number));
             }
         }
-        for number in ended {
-            self.close(Some(number));
-            self.inputs.push_back(Input::Closed(number));
-        }
+    }
+
+    /// Send what can be sent; the connections that take nothing any more.
+    pub(super) fn push(&mut self) -> Vec<Number> {
+        let ended = self.peers.iter_mut().filter_map(|Peer { number, connection, .. }| {
+            connection.flush().is_err().then_some(*number)
+        });
+        ended.collect()
     }
 }

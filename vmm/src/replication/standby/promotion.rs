@@ -232,8 +232,19 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             run_us: 0,
         };
         let decided = self.decided;
-        let promotion =
-            Promotion { me, term, promoted, settings, epoch, ended, outside, times, decided };
+        let disks = self.disks;
+        let promotion = Promotion {
+            me,
+            term,
+            promoted,
+            settings,
+            disks,
+            epoch,
+            ended,
+            outside,
+            times,
+            decided,
+        };
         // Unless the monitor ends.
         self.over.get_or_insert(Ok(promotion));
     }

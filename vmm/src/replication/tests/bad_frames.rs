@@ -99,6 +99,48 @@ impl Peer {
     }
 }
 
+#[test]
+fn strangers_do_not_take_the_place_of_a_primary_that_waits() {
+    let (_directory, _, far) = places();
+    let backup = Backup::at(&far, Given::None);
+    let mut primary = Peer::connect(&far, &greeting(1, |_| {}));
+    primary.is_accepted(0);
+    // Its offer has come, its greeting not yet.
+    let all = greeting(1, |_| {});
+    let (offer, hello) = all.split_at(Offer::decode(&all).unwrap().unwrap().1);
+    let mut waits = Peer::connect(&far, offer);
+    let aside = offer::process(Process::own().as_ref()).len();
+    waits.stream.read_exact(&mut vec![0; aside]).unwrap();
+    let strangers: Vec<_> = (0..10).map(|_| UnixStream::connect(&far).unwrap()).collect();
+    // The first ones have made room for the others.
+    assert_eq!((&strangers[0]).read(&mut [0]).unwrap(), 0);
+    waits.stream.write_all(hello).unwrap();
+    let refused = waits.hear();
+    let is_refused =
+        |said: &Said| matches!(said, Said::Frame(Frame { message: Message::Refuse(_), .. }));
+    assert!(is_refused(&refused), "{refused:?}");
+    primary.message(0, Message::Sync { base: None });
+    wait_for("its primary", || backup.status.lock().state == ReplicationStatus::Syncing);
+    assert!(backup.end().is_err());
+}
+
+#[test]
+fn a_backup_that_is_ended_says_so() {
+    let (_directory, _, far) = places();
+    let backup = Backup::at(&far, Given::None);
+    let mut primary = Peer::connect(&far, &greeting(1, |_| {}));
+    primary.protect();
+    wait_for("standby", || backup.status.lock().state == ReplicationStatus::Standby);
+    let ended = backup.end();
+    assert!(ended.is_err_and(|e| e.to_string().contains("as it was told to")));
+    let said = primary.hear();
+    let left = |said: &Said| {
+        matches!(said, Said::Frame(Frame { message: Message::Bye { end: false }, .. }))
+    };
+    assert!(left(&said), "{said:?}");
+    assert_eq!(primary.hear(), Said::End);
+}
+
 fn sections_of(encoder: &mut Encoder, outside: &[u8], to: &mut Vec<u8>) {
     let machine = last_frames(&config(1), sections().try_into().unwrap()).unwrap();
     encoder.section(MACHINE, &machine, to).unwrap();
