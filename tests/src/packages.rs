@@ -34,7 +34,7 @@ const DISTRIBUTIONS: [Distribution; 2] = [
 ];
 const IMAGE: &str = "linux-image-";
 /// Fetched with all their dependencies; both distributions use the same names.
-const TOOLS: [&str; 7] = [
+const TOOLS: [&str; 8] = [
     "qemu-system-x86",
     "busybox-static",
     "e2fsprogs",
@@ -42,6 +42,7 @@ const TOOLS: [&str; 7] = [
     "iproute2",
     "etcd-server",
     "openssl",
+    "openssh-server",
 ];
 /// apt's message when it reaches no archive.
 const UNREACHABLE: [&str; 9] = [

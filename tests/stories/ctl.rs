@@ -34,5 +34,7 @@ mod remus;
 mod rig;
 #[path = "ctl/saved.rs"]
 mod saved;
+#[path = "ctl/ssh.rs"]
+mod ssh;
 #[path = "ctl/stand_in.rs"]
 mod stand_in;
