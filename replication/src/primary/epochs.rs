@@ -12,8 +12,8 @@ use crate::{
 
 impl Primary {
     /// Begin the next epoch, if it is time and there is room. With the first one of a term the
-    /// gates shut, before its `End` is sent (rule `arm`).
-    pub(super) fn begin_epoch(&mut self) {
+    /// gates shut, before its `End` is sent (rule `arm`). It was to begin when it is `due`.
+    pub(super) fn begin_epoch(&mut self, due: Time) {
         let first = self.state == State::Syncing;
         if !first && self.state != State::Protected {
             return;
@@ -34,17 +34,20 @@ impl Primary {
             }
         }
         if !first {
-            self.base.timers.set(Timer::Period, self.next_epoch());
+            self.base.timers.set(Timer::Period, self.next_epoch(due));
         }
     }
 
-    /// When the next epoch begins, as far as is known now.
-    fn next_epoch(&self) -> Time {
+    /// When the epoch after the one that was `due` begins, as far as is known now. Fixed periods
+    /// keep in step, so that a late timer does not make epochs rarer.
+    fn next_epoch(&self, due: Time) -> Time {
+        let (now, period) = (self.base.now, self.base.settings.period);
         match &self.pace {
             // It is due, and begins with the next acknowledgement.
-            Some(_) if self.due => self.base.now + LONGEST,
+            Some(_) if self.due => now + LONGEST,
             Some(pace) => pace.due(),
-            None => self.base.now + self.base.settings.period,
+            None if now.saturating_sub(due) < period / 2 => due + period,
+            None => now + period,
         }
     }
 
@@ -53,7 +56,7 @@ impl Primary {
         let Some(pace) = &mut self.pace else { return };
         change(pace);
         if self.state == State::Protected && !self.due {
-            self.base.timers.set(Timer::Period, self.next_epoch());
+            self.base.timers.set(Timer::Period, self.next_epoch(self.base.now));
         }
     }
 
@@ -106,7 +109,7 @@ impl Primary {
             State::Protected | State::HandingOver(_) => {
                 self.release();
                 if std::mem::take(&mut self.due) {
-                    self.begin_epoch();
+                    self.begin_epoch(self.base.now);
                     self.is_late(false);
                 }
             }
@@ -160,7 +163,7 @@ impl Primary {
         self.base.timers.clear(Timer::Look);
         self.due = false;
         self.is_late(false);
-        self.base.timers.set(Timer::Period, self.next_epoch());
+        self.base.timers.set(Timer::Period, self.next_epoch(self.base.now));
     }
 
     /// The backup is back with its last whole epoch, and neither side has claimed.

@@ -165,7 +165,7 @@ impl Primary {
         self.enter(State::Syncing, Why::Paired);
         self.base.send(self.window.begun(), Message::Sync { base });
         self.base.output(Output::Sync { base });
-        self.begin_epoch();
+        self.begin_epoch(self.base.now);
     }
 
     /// Nothing was received for the time-out.

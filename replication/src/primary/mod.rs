@@ -22,6 +22,8 @@ mod resync;
 mod room;
 mod status;
 mod term;
+#[cfg(test)]
+mod tests;
 mod window;
 
 pub use window::UNACKNOWLEDGED;
@@ -282,7 +284,7 @@ impl Primary {
             Timer::Greeting => self.not_greeted(),
             Timer::Ask => self.base.ask_again(),
             Timer::Look => self.look(),
-            Timer::Period => self.begin_epoch(),
+            Timer::Period => self.begin_epoch(due),
             Timer::AckLimit => self.too_slow(),
             Timer::GiveUp => self.gave_up(),
             Timer::Turn => {}
