@@ -1,13 +1,16 @@
 //! When the next epoch begins, with `-i auto`: at once when output waits for it, as far as what
-//! epochs cost the guest allows that; else more and more rarely.
+//! epochs cost the guest allows that; else more and more rarely, but at least every [`RELAXED`] as
+//! long as that costs little.
 use std::{collections::VecDeque, time::Duration};
 
 use crate::timers::Time;
 
 /// Shortest time from the beginning of one epoch to the next.
 pub const SHORTEST: Duration = Duration::from_millis(2);
-/// Longest time, if nothing else is configured (`max-period`).
-pub const LONGEST: Duration = Duration::from_millis(200);
+/// Longest time that it grows to without output.
+pub const RELAXED: Duration = Duration::from_millis(200);
+/// Longest time if epochs cost much, if nothing else is configured (`max-period`).
+pub const LONGEST: Duration = Duration::from_secs(1);
 /// What epochs may cost is the guest's time divided by this: 10 %.
 const SHARE: u32 = 10;
 
@@ -99,7 +102,7 @@ impl Pace {
         self.began = began;
         self.floor = budget.clamp(SHORTEST, self.longest);
         let grown = if output_waited { SHORTEST } else { self.period.saturating_mul(2) };
-        self.period = grown.clamp(self.floor, self.longest);
+        self.period = grown.min(RELAXED).clamp(self.floor, self.longest);
     }
 
     /// When the next epoch begins, as long as nothing changes; it may be in the past.
@@ -117,6 +120,12 @@ const PAGES: u64 = 500;
 /// What is assumed before anything is known, and at most.
 const USUAL: Duration = Duration::from_micros(10);
 const MOST: Duration = Duration::from_micros(50);
+
+/// The kernel sees about half of the time of a page fault: it counts in ticks, and no tick comes
+/// while interrupts are disabled. So what it says counts as many times. (Of a guest with 2,000 pages
+/// each 50 ms, measured by what it computed, this was 2 to 3.3 us a page on an AMD EPYC and 18 us on
+/// an Intel Xeon; the kernel said 1.4 and 8.)
+const UNSEEN: u64 = 2;
 
 /// Measures what the first write to a page costs the guest after an epoch: the time that the kernel
 /// spends in the threads of its vCPUs, divided by the pages. That time has other causes, too, which
@@ -143,7 +152,7 @@ impl Faults {
         }
         if self.pages >= PAGES {
             let spent = u64::try_from(system.saturating_sub(before).as_nanos()).unwrap_or(u64::MAX);
-            let each = Duration::from_nanos(spent / self.pages);
+            let each = Duration::from_nanos(spent.saturating_mul(UNSEEN) / self.pages);
             if self.recent.len() == 4 {
                 self.recent.pop_front();
             }
@@ -201,7 +210,7 @@ mod tests {
         for _ in 0..100_000 {
             let waits = random.bool();
             let began = pace.next(waits) + Duration::from_micros(random.u64(..3000));
-            // At most 18 ms, so that ten times this fits into the longest period.
+            // At most 18 ms: ten times this fits into the longest period.
             let cost = cost(random.u64(..2000), random.u64(..800), random.u64(..20_000));
             pace.captured(began, &cost, waits);
             spent += cost.total();
@@ -211,13 +220,40 @@ mod tests {
         assert!(spent * 20 > now, "and they are not much rarer than that: {spent:?} of {now:?}");
     }
 
+    /// What a guest loses that writes 2,000 pages in each 25 ms of its work, when the first write to
+    /// a page costs it 18 us, of which the kernel sees 8; and the period.
+    fn lost(longest: Duration) -> (f64, Duration) {
+        const PAGES: u64 = 2000;
+        let us = Duration::from_micros;
+        let pause = us(1500);
+        let (mut pace, mut faults) = (Pace::new(longest), Faults::default());
+        let (mut now, mut system, mut paid) = (ms(0), ms(0), ms(0));
+        for _ in 0..200 {
+            faults.captured(now, system, PAGES);
+            pace.captured(now, &Cost { pause, pages: PAGES, fault: faults.each() }, false);
+            system += us(8) * PAGES as u32;
+            paid += pause + us(18) * PAGES as u32;
+            now = pace.next(false);
+        }
+        (paid.div_duration_f64(now), now / 200)
+    }
+
+    #[test]
+    fn a_guest_that_pays_much_for_each_page_loses_no_more_than_it_should() {
+        let (share, period) = lost(LONGEST);
+        assert!(share < 0.15, "{share} at {period:?}");
+        assert!(period > RELAXED && period < LONGEST, "{period:?}");
+        let (share, period) = lost(RELAXED);
+        assert!(share > 0.15 && period == RELAXED, "as far as it may: {share} at {period:?}");
+    }
+
     #[test]
     fn output_that_comes_while_an_epoch_is_captured_waits_for_the_next_one() {
         let mut pace = Pace::new(LONGEST);
         pace.set_output_waits(true);
         assert!(pace.due() <= ms(10));
         pace.begins(ms(10));
-        assert_eq!(pace.due(), ms(210), "it is not known yet what this one costs");
+        assert_eq!(pace.due(), ms(10) + LONGEST, "it is not known yet what this one costs");
         pace.paid(&cost(500, 0, 0));
         assert_eq!(pace.due(), ms(15), "still held");
         pace.set_output_waits(false);
@@ -243,13 +279,13 @@ mod tests {
             }
         };
         (0..3).for_each(|_| second(&mut faults, 200, Duration::ZERO));
-        assert_eq!(faults.each(), us(7));
+        assert_eq!(faults.each(), us(14), "half of it is not seen");
         (0..3).for_each(|_| second(&mut faults, 200, ms(800)));
-        assert_eq!(faults.each(), us(7), "a guest that also does I/O");
+        assert_eq!(faults.each(), us(14), "a guest that also does I/O");
         (0..30).for_each(|_| second(&mut faults, 0, ms(800)));
-        assert_eq!(faults.each(), us(7), "a guest that writes nothing");
+        assert_eq!(faults.each(), us(14), "a guest that writes nothing");
         (0..30).for_each(|_| second(&mut faults, 100, ms(800)));
-        assert_eq!(faults.each(), us(207).min(MOST));
+        assert_eq!(faults.each(), MOST);
     }
 
     #[test]

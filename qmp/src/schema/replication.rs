@@ -24,7 +24,7 @@ pub struct ReplicationStart {
     pub interval: Option<u64>,
     /// Instead of `interval`: adapt it to the guest, from 2 to so many milliseconds. A checkpoint
     /// begins as soon as output waits for it, unless checkpoints take more than a tenth of the
-    /// guest's time.
+    /// guest's time; without output, after 200 ms at most, unless checkpoints take that much.
     pub max_period: Option<u64>,
     /// Stop the guest when a checkpoint is due and the backup has not acknowledged the two before;
     /// otherwise the guest runs on, and the next checkpoint gets larger. Initially false.

@@ -33,7 +33,7 @@ use crate::{
 /// How long a witness is asked for its identity.
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(10);
 /// Milliseconds between two checkpoints at most, with `-i auto`.
-const LONGEST_PERIOD: u64 = 200;
+const LONGEST_PERIOD: u64 = 1000;
 /// Longest path of a socket (`sun_path`), with the NUL character that ends it.
 const LONGEST_SOCKET: usize = 108;
 /// The monitor's time-out in milliseconds, unless another one is given.
@@ -459,7 +459,7 @@ mod tests {
             said("web b -F -i auto --timer -u", protection(None, None)),
             ReplicationStart {
                 interval: None,
-                max_period: Some(200),
+                max_period: Some(LONGEST_PERIOD),
                 timer: Some(true),
                 compression: Some(false),
                 ..usual.clone()
