@@ -84,8 +84,8 @@ impl Captured<'_> {
     }
 
     /// An epoch: what was written to memory since the last one, and `left`, are copied into
-    /// `staging`; the rest is the state. Each vCPU's thread reads its registers while memory is
-    /// copied.
+    /// `staging`; the rest is the state. Each vCPU's thread has read its registers meanwhile, or
+    /// does so while memory is copied.
     ///
     /// More than `most` bytes are not copied: they stay where they are if the machine was paused
     /// before, and has to stay so until they are no longer needed.
@@ -100,7 +100,8 @@ impl Captured<'_> {
         most: u64,
     ) -> Result<Taken, EpochError> {
         let began = Instant::now();
-        let asked = self.machine.ask_state()?;
+        let asked = std::mem::take(&mut self.machine.rest.states);
+        let asked = self.machine.ask_state(asked)?;
         let asking = began.elapsed();
         let mut dirty = self.dirty_memory()?;
         if !left.is_empty() {

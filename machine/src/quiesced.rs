@@ -214,13 +214,15 @@ impl Machine {
 impl Machine {
     /// Read the whole state but memory, while all vCPUs and devices are parked.
     pub(crate) fn read_state(&self) -> Result<MachineState, SaveError> {
-        self.answered_state(self.ask_state()?)
+        self.answered_state(self.ask_state(Vec::new())?)
     }
 
-    /// Read the state of devices and chips, and ask the vCPUs' threads for theirs.
-    pub(crate) fn ask_state(&self) -> Result<AskedState, SaveError> {
-        // Devices before chips and vCPUs: interrupts that they raised while becoming quiet are in
-        // those.
+    /// Read the state of devices and chips, and ask the vCPUs' threads for theirs, unless these are
+    /// the `vcpus` that were asked already.
+    pub(crate) fn ask_state(&self, mut vcpus: Vec<AskedVcpu>) -> Result<AskedState, SaveError> {
+        if vcpus.is_empty() {
+            vcpus = self.vcpus.iter().map(|vcpu| vcpu.save()).collect();
+        }
         let devices = self
             .legacy
             .devices()
@@ -236,19 +238,18 @@ impl Machine {
             })
             .collect::<Result<_, SaveError>>()?;
         let chips = ChipState::save(&self.vm)?;
-        // The guest's counter of ticks has run on since it was stopped.
-        let ticks = self.parked.as_ref().map_or(0, |p| host_ticks().saturating_sub(p.ticks));
-        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.save()).collect();
-        Ok(AskedState { devices, chips, ticks, vcpus })
+        Ok(AskedState { devices, chips, vcpus })
     }
 
     /// The whole state, once the vCPUs' threads have answered.
     pub(crate) fn answered_state(&self, asked: AskedState) -> Result<MachineState, SaveError> {
-        let AskedState { devices, chips, ticks, vcpus: answers } = asked;
+        let AskedState { devices, chips, vcpus: answers } = asked;
         let mut vcpus = Vec::with_capacity(answers.len());
         for answer in answers {
             let mut state = answer.wait()??;
-            state.hold_back(ticks);
+            if let Some(parked) = &self.parked {
+                state.hold_back(parked.ticks);
+            }
             vcpus.push(state);
         }
         let clock = match &self.parked {
@@ -267,10 +268,11 @@ impl Machine {
 pub(crate) struct AskedState {
     devices: Vec<Section>,
     chips: ChipState,
-    /// For how long the guest had been stopped when the vCPUs were asked.
-    ticks: u64,
-    vcpus: Vec<Answer<Result<VcpuState, KvmError>>>,
+    vcpus: Vec<AskedVcpu>,
 }
+
+/// The state of a vCPU that its thread reads.
+pub(crate) type AskedVcpu = Answer<Result<VcpuState, KvmError>>;
 
 impl Quiesced<'_> {
     /// Read the whole state but memory.

@@ -21,6 +21,7 @@ use crate::{
     arch::host_ticks,
     io_thread::Ended,
     machine::Parked,
+    quiesced::AskedVcpu,
     slots::Handle,
     vcpu::{self, Answer, Gone},
 };
@@ -41,6 +42,8 @@ pub(crate) struct Rest {
     attempt: Option<Attempt>,
     /// An operation has timed out, and is to be tried again or given up.
     pending: bool,
+    /// What the vCPUs were asked for when they parked with [`Park::Keep`].
+    pub(crate) states: Vec<AskedVcpu>,
     /// How many tries have timed out.
     rest_timeouts: u64,
 }
@@ -49,6 +52,7 @@ impl Rest {
     /// The machine starts to do something again.
     pub(crate) fn ends(&mut self) {
         (self.at_rest, self.attempt, self.pending) = (false, None, false);
+        self.states.clear();
     }
 
     /// Deadline of this try.
@@ -61,6 +65,8 @@ impl Rest {
 struct Attempt {
     /// The vCPUs that were asked to park and have not yet.
     vcpus: Vec<(usize, Answer<()>)>,
+    /// Their states, for [`Park::Keep`].
+    states: Vec<AskedVcpu>,
     /// What becomes of requests in flight.
     park: Park,
 }
@@ -99,7 +105,9 @@ impl Machine {
 
     /// Park every vCPU and every device worker. With [`Park::Keep`], requests of disks stay in
     /// flight: only [`Captured`](crate::Captured) asks for that, and lets a machine that was running
-    /// run on.
+    /// run on. Then each vCPU's thread also reads its state as soon as it is parked. Interrupts that
+    /// devices raise until they are quiet may be missing in it; a machine that is restored raises
+    /// all of them again.
     ///
     /// # Errors
     /// As [`Machine::pause`]; also while a pause is pending that waits for such requests.
@@ -109,24 +117,34 @@ impl Machine {
         }
         let deadline = self.rest.deadline();
         // All are asked before the first is waited for.
-        let ask = || self.vcpus.iter().map(vcpu::Handle::park).enumerate().collect();
-        let begin = || Attempt { vcpus: ask(), park };
+        let begin = || {
+            let (vcpus, states) = match park {
+                Park::Drain => (self.vcpus.iter().map(vcpu::Handle::park).collect(), Vec::new()),
+                Park::Keep => self.vcpus.iter().map(vcpu::Handle::park_and_save).unzip(),
+            };
+            let vcpus: Vec<_> = vcpus;
+            Attempt { vcpus: vcpus.into_iter().enumerate().collect(), states, park }
+        };
         let mut attempt = self.rest.attempt.take().unwrap_or_else(begin);
         let step = match attempt.park == park {
             true => self.come_to_rest(&mut attempt, deadline),
             false => Ok(Step::Waits("a pause that has begun".into())),
         };
-        self.rest.attempt = Some(attempt);
         match step {
             Ok(Step::Done) => {
                 self.each_device(|d| d.pause());
                 self.running = false;
                 self.rest.ends();
                 self.rest.at_rest = park == Park::Drain;
+                self.rest.states = attempt.states;
                 Ok(())
             }
-            Ok(Step::Waits(thread)) => Err(self.not_at_rest(thread)),
+            Ok(Step::Waits(thread)) => {
+                self.rest.attempt = Some(attempt);
+                Err(self.not_at_rest(thread))
+            }
             Err(e) => {
+                self.rest.attempt = Some(attempt);
                 self.give_up();
                 Err(e)
             }
@@ -135,7 +153,7 @@ impl Machine {
 
     fn come_to_rest(
         &mut self,
-        Attempt { vcpus, park }: &mut Attempt,
+        Attempt { vcpus, park, .. }: &mut Attempt,
         deadline: Instant,
     ) -> Result<Step, RunError> {
         use std::sync::mpsc::RecvTimeoutError as E;

@@ -1,8 +1,13 @@
 //! Staged pages: copies of guest memory, so that the guest can run again before they are written
 //! out.
-use std::{io, ops::Range, sync::mpsc::channel};
+use std::{
+    io,
+    ops::Range,
+    sync::{Arc, mpsc::channel},
+};
 
 use devices::Memory;
+use parking_lot::Mutex;
 
 use super::image::{self, PAGE_SIZE};
 
@@ -13,6 +18,9 @@ pub const MAX_RANGES: usize = 32 << 10;
 
 /// Fewer bytes are not worth a second thread.
 const ALONE: u64 = 64 * PAGE_SIZE;
+
+/// Bytes that a thread copies before it looks what is left.
+const SHARE: u64 = 16 * PAGE_SIZE;
 
 /// Copies of ranges of guest memory. Their buffers are touched before the guest is stopped: their
 /// first page faults would prolong the pause.
@@ -27,7 +35,9 @@ pub struct Staging {
 #[derive(Debug, Default)]
 struct Part {
     room: Vec<u8>,
-    /// Ascending, each with its offset in `room`.
+    /// Bytes in it.
+    filled: usize,
+    /// Each with its offset in `room`; ascending, once all are copied.
     ranges: Vec<(Range<u64>, usize)>,
 }
 
@@ -47,12 +57,12 @@ impl Staging {
     }
 
     /// Make room for `bytes` of memory that two threads copy, so that it causes no page faults when
-    /// it is filled.
+    /// it is filled, unless one of them copies far more than half.
     ///
     /// # Errors
     /// When the host does not have it.
     pub fn touch(&mut self, bytes: u64) -> io::Result<()> {
-        self.first.grow(bytes.div_ceil(2))?;
+        self.first.grow(bytes / 4 * 3)?;
         self.second.grow(bytes.div_ceil(2))
     }
 
@@ -67,34 +77,45 @@ impl Staging {
     /// # Errors
     /// When the host has no memory, or a range is not inside of `memory`.
     pub fn fill(&mut self, memory: &Memory, ranges: &[Range<u64>]) -> io::Result<()> {
-        self.second.ranges.clear();
-        self.first.fill(memory, ranges)
+        self.second.clear();
+        self.first.clear();
+        self.first.append(memory, ranges)
     }
 
-    /// As [`Staging::fill`], with the help of another thread, which `help` gives a job to.
+    /// As [`Staging::fill`], with the help of another thread, which `help` gives a job to. This
+    /// thread copies from the beginning and that one from the end, until they meet; so nothing is
+    /// waited for when it begins late.
     ///
     /// # Errors
-    /// As there; when the other thread does not do the job.
+    /// As there; when the other thread does not end the job that it has begun.
     pub fn fill_with(
         &mut self,
         memory: &Memory,
         ranges: &[Range<u64>],
         help: impl FnOnce(Job),
     ) -> io::Result<()> {
-        let all = bytes(ranges);
-        if all < ALONE {
+        if bytes(ranges) < ALONE {
             return self.fill(memory, ranges);
         }
-        let (ours, theirs) = split(ranges, (all / 2).next_multiple_of(PAGE_SIZE));
-        let (mut second, its_memory) = (std::mem::take(&mut self.second), memory.clone());
+        let shared = Arc::new(Shared::new(ranges, std::mem::take(&mut self.second)));
+        let (theirs, its_memory) = (Arc::clone(&shared), memory.clone());
         let (done, answer) = channel();
         help(Box::new(move || {
-            let filled = second.fill(&its_memory, &theirs);
-            // Nobody waits for it any more if the first half has failed.
-            let _ = done.send(filled.map(|()| second));
+            // Otherwise all is copied already.
+            let Some(mut part) = theirs.helper.lock().take() else { return };
+            let filled = part.append_shares(&its_memory, || theirs.last());
+            // They came from the end.
+            part.ranges.sort_by_key(|(range, _)| range.start);
+            // Nobody waits for it any more if the first thread has failed.
+            let _ = done.send(filled.map(|()| part));
         }));
-        self.first.fill(memory, &ours)?;
-        self.second = answer.recv().map_err(io::Error::other)??;
+        self.first.clear();
+        self.first.append_shares(memory, || shared.first())?;
+        let unused = shared.helper.lock().take();
+        self.second = match unused {
+            Some(part) => part,
+            None => answer.recv().map_err(io::Error::other)??,
+        };
         Ok(())
     }
 
@@ -132,18 +153,63 @@ impl Staging {
     }
 }
 
+/// What two threads copy, in shares.
+struct Shared {
+    pieces: Vec<Range<u64>>,
+    /// Of `pieces`.
+    shares: Vec<Range<usize>>,
+    /// The shares that nobody has taken yet.
+    left: Mutex<Range<usize>>,
+    /// The second thread's part, until it begins.
+    helper: Mutex<Option<Part>>,
+}
+
+impl Shared {
+    fn new(ranges: &[Range<u64>], mut helper: Part) -> Self {
+        helper.clear();
+        let (pieces, shares) = shares(ranges);
+        let left = Mutex::new(0..shares.len());
+        Self { pieces, shares, left, helper: Mutex::new(Some(helper)) }
+    }
+
+    fn first(&self) -> Option<&[Range<u64>]> {
+        let share = self.left.lock().next()?;
+        self.pieces.get(self.shares.get(share)?.clone())
+    }
+
+    fn last(&self) -> Option<&[Range<u64>]> {
+        let share = self.left.lock().next_back()?;
+        self.pieces.get(self.shares.get(share)?.clone())
+    }
+}
+
 impl Part {
-    fn fill(&mut self, memory: &Memory, ranges: &[Range<u64>]) -> io::Result<()> {
+    fn clear(&mut self) {
         self.ranges.clear();
-        self.grow(bytes(ranges))?;
-        let mut rest = self.room.as_mut_slice();
-        let mut at = 0;
+        self.filled = 0;
+    }
+
+    fn append_shares<'a>(
+        &mut self,
+        memory: &Memory,
+        mut next: impl FnMut() -> Option<&'a [Range<u64>]>,
+    ) -> io::Result<()> {
+        while let Some(share) = next() {
+            self.append(memory, share)?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, memory: &Memory, ranges: &[Range<u64>]) -> io::Result<()> {
+        self.grow(self.filled as u64 + bytes(ranges))?;
+        let (_, mut rest) = self.room.split_at_mut_checked(self.filled).ok_or_else(short)?;
         for range in ranges {
             let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
             let (part, after) = rest.split_at_mut_checked(len).ok_or_else(short)?;
             image::read(memory, range.start, part)?;
-            self.ranges.push((range.clone(), at));
-            (rest, at) = (after, at + len);
+            self.ranges.push((range.clone(), self.filled));
+            self.filled += len;
+            rest = after;
         }
         Ok(())
     }
@@ -163,19 +229,26 @@ impl Part {
     }
 }
 
-/// `ranges` up to `most` bytes, and the rest.
-fn split(ranges: &[Range<u64>], most: u64) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
-    let (mut left, mut before, mut after) = (most, Vec::with_capacity(ranges.len()), Vec::new());
+/// `ranges` in pieces, and which of these are a share of [`SHARE`] bytes; the last one may be
+/// smaller.
+fn shares(ranges: &[Range<u64>]) -> (Vec<Range<u64>>, Vec<Range<usize>>) {
+    let (mut pieces, mut shares) = (Vec::with_capacity(ranges.len()), Vec::new());
+    let (mut begun, mut room) = (0, SHARE);
     for range in ranges {
-        let cut = range.start + left.min(range.end - range.start);
-        left -= cut - range.start;
-        for (part, to) in [(range.start..cut, &mut before), (cut..range.end, &mut after)] {
-            if !part.is_empty() {
-                to.push(part);
+        let mut start = range.start;
+        while start < range.end {
+            let end = range.end.min(start + room);
+            pieces.push(start..end);
+            room -= end - start;
+            start = end;
+            if room == 0 {
+                shares.push(begun..pieces.len());
+                (begun, room) = (pieces.len(), SHARE);
             }
         }
     }
-    (before, after)
+    shares.push(begun..pieces.len());
+    (pieces, shares)
 }
 
 /// Bytes in `ranges`.
@@ -276,7 +349,9 @@ mod tests {
         let spawn = |job: Job| drop(std::thread::spawn(job));
         assert!(Staging::default().fill_with(&memory, outside, spawn).is_err());
         let all = std::slice::from_ref(&(0..16 << 20));
-        assert!(Staging::default().fill_with(&memory, all, drop).is_err(), "nobody helps");
+        let mut alone = Staging::default();
+        alone.fill_with(&memory, all, drop).unwrap();
+        assert_eq!(alone.bytes(), 16 << 20, "a helper that does not begin is not waited for");
     }
 
     #[test]

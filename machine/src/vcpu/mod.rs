@@ -130,12 +130,14 @@ impl<T> Answer<T> {
 #[error("vCPU thread has exited")]
 pub struct Gone;
 
+type StateSender<C> = Sender<Result<<C as Cpu>::State, <C as Cpu>::Error>>;
+
 enum Request<C: Cpu> {
-    Park(Sender<()>),
+    Park(Sender<()>, Option<StateSender<C>>),
     /// Stay out of the guest for this long, unless something else is requested.
     Rest(Duration),
     Resume(i64),
-    Save(Sender<Result<C::State, C::Error>>),
+    Save(StateSender<C>),
     Work(Box<dyn FnOnce() + Send>),
     Restore(Box<C::State>, Sender<Result<(), C::Error>>),
     Replace(Box<C>, Sender<io::Result<C::Kicker>>),
@@ -185,9 +187,12 @@ impl<C: Cpu> Handle<C> {
             }
             while parked(&mut cpu, &inbox) {
                 match running(&mut cpu, &inbox) {
-                    Left::Parked(reply) => {
+                    Left::Parked(reply, state) => {
                         told.store(usage::system_us(), Ordering::Relaxed);
                         let _ = reply.send(());
+                        if let Some(state) = state {
+                            save(&cpu, &state);
+                        }
                     }
                     // Parked until the VM has decided how to react.
                     Left::Stopped(why) => report(index, why),
@@ -221,9 +226,16 @@ impl<C: Cpu> Handle<C> {
     /// Request a stop at the next consistent point. Send the request to all vCPUs first, then wait
     /// for each.
     pub fn park(&self) -> Answer<()> {
-        let answer = self.ask(Request::Park);
+        let answer = self.ask(|reply| Request::Park(reply, None));
         self.kick();
         answer
+    }
+    /// As [`Handle::park`], and request its registers then.
+    pub fn park_and_save(&self) -> (Answer<()>, Answer<Result<C::State, C::Error>>) {
+        let (state, registers) = channel();
+        let answer = self.ask(|reply| Request::Park(reply, Some(state)));
+        self.kick();
+        (answer, Answer(registers))
     }
     /// Keep a running vCPU out of the guest for `time`. Any other request ends that.
     pub fn rest(&self, time: Duration) {
@@ -288,7 +300,12 @@ impl<C: Cpu> Drop for Handle<C> {
 fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
     while let Ok(request) = inbox.recv() {
         match request {
-            Request::Park(reply) => drop(reply.send(())),
+            Request::Park(reply, state) => {
+                let _ = reply.send(());
+                if let Some(state) = state {
+                    save(cpu, &state);
+                }
+            }
             Request::Rest(_) => {}
             Request::Save(reply) => save(cpu, &reply),
             Request::Work(job) => job(),
@@ -311,7 +328,7 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
 // every vCPU thread touch them; like this, only a thread that saves or restores a state does.
 
 #[inline(never)]
-fn save<C: Cpu>(cpu: &C, reply: &Sender<Result<C::State, C::Error>>) {
+fn save<C: Cpu>(cpu: &C, reply: &StateSender<C>) {
     let _ = reply.send(cpu.save());
 }
 
@@ -322,14 +339,14 @@ fn restore<C: Cpu>(cpu: &mut C, state: Box<C::State>, reply: &Sender<Result<(), 
 }
 
 /// Why the run loop was left.
-enum Left {
-    Parked(Sender<()>),
+enum Left<C: Cpu> {
+    Parked(Sender<()>, Option<StateSender<C>>),
     Stopped(Stopped),
     Exit,
 }
 
 /// Enter the guest until it stops or a request stops it.
-fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
+fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left<C> {
     // One kick may stand for several requests if a device has blocked the thread meanwhile.
     if let Some(left) = asked(inbox) {
         return left;
@@ -348,7 +365,7 @@ fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
 }
 
 /// The pending request that stops a vCPU, if any.
-fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
+fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left<C>> {
     let mut rest = None;
     loop {
         let request = match rest.take() {
@@ -359,7 +376,7 @@ fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
             }),
         };
         match request {
-            Ok(Request::Park(reply)) => return Some(Left::Parked(reply)),
+            Ok(Request::Park(reply, state)) => return Some(Left::Parked(reply, state)),
             Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Some(Left::Exit),
             Ok(Request::Rest(time)) => rest = Some(time),
             // State requests need a parked vCPU: the caller sees the dropped reply as `Gone`.

@@ -91,6 +91,7 @@ impl TryFrom<saved::Vcpu> for VcpuState {
             msrs: vcpu.msrs.into_iter().map(|(index, value)| (index.0, value.0)).collect(),
             tsc_khz: vcpu.tsc_khz,
             host_khz: 0,
+            read_at: 0,
             nested: vcpu.nested.0,
         })
     }

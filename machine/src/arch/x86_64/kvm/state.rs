@@ -8,7 +8,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, KvmNestedStateBuffer, VcpuFd};
 use zerocopy::IntoBytes;
 
-use super::clock::{ClockError, guest_tsc_is_its_own};
+use super::clock::{ClockError, guest_tsc_is_its_own, host_ticks};
 use crate::kvm::{KvmError, refused};
 
 /// MSR of the time stamp counter.
@@ -53,6 +53,8 @@ pub struct VcpuState {
     pub(super) tsc_khz: u32,
     /// The same of the host that saved it.
     pub(super) host_khz: u32,
+    /// [`host_ticks`] when it was read; of no use on another host.
+    pub(super) read_at: u64,
     /// Nested virtualization state, as `KVM_GET_NESTED_STATE` returns it; empty if KVM has none.
     pub(super) nested: Vec<u8>,
 }
@@ -104,12 +106,15 @@ impl VcpuState {
         self.tsc_khz
     }
 
-    /// Subtract `ticks` of the host from the time stamp counter.
+    /// Set the time stamp counter to what it was, or would have been, when the host's was at `ticks`
+    /// ([`host_ticks`]).
     pub fn hold_back(&mut self, ticks: u64) {
-        let ticks = guest_ticks(ticks, self.tsc_khz, self.host_khz);
+        let since = self.read_at.wrapping_sub(ticks).cast_signed();
+        let by = guest_ticks(since.unsigned_abs(), self.tsc_khz, self.host_khz);
+        let by = if since < 0 { by.wrapping_neg() } else { by };
         for (index, value) in &mut self.msrs {
             if *index == MSR_IA32_TSC {
-                *value = value.wrapping_sub(ticks);
+                *value = value.wrapping_sub(by);
             }
         }
     }
@@ -128,6 +133,7 @@ impl VcpuState {
             xcrs: fd.get_xcrs().map_err(refused("read a vCPU's XCRs"))?,
             debug: fd.get_debug_regs().map_err(refused("read a vCPU's debug registers"))?,
             lapic: fd.get_lapic().map_err(refused("read a vCPU's local APIC"))?,
+            read_at: host_ticks(),
             msrs: get_msrs(fd, msr_list)?,
             tsc_khz: fd.get_tsc_khz().map_err(refused("report the guest's TSC frequency"))?,
             host_khz,
