@@ -34,7 +34,7 @@ const DISTRIBUTIONS: [Distribution; 2] = [
 ];
 const IMAGE: &str = "linux-image-";
 /// Fetched with all their dependencies; both distributions use the same names.
-const TOOLS: [&str; 8] = [
+const TOOLS: [&str; 9] = [
     "qemu-system-x86",
     "busybox-static",
     "e2fsprogs",
@@ -43,6 +43,7 @@ const TOOLS: [&str; 8] = [
     "etcd-server",
     "openssl",
     "openssh-server",
+    "sqlite3",
 ];
 /// apt's message when it reaches no archive.
 const UNREACHABLE: [&str; 9] = [

@@ -117,6 +117,8 @@ pub enum Metric {
     FailoverApply,
     /// From the decision to the guest's first step.
     FailoverRun,
+    /// What the monitor of a backup occupies beyond its guest's RAM.
+    BackupMemory,
     /// CPU time of the monitor, its guest's included, for each byte of [`Self::TcpOut`].
     TcpOutCpu,
     /// The same for [`Self::TcpIn`].
@@ -144,6 +146,8 @@ pub enum Metric {
     TcpRoundTrips,
     /// What a protected guest computes.
     Work,
+    /// How often it is checkpointed.
+    Rate,
 }
 
 impl Metric {
@@ -192,6 +196,7 @@ impl Metric {
             Self::FailoverDetect => ("failover: until the suspicion", "ms"),
             Self::FailoverApply => ("failover: building the machine", "ms"),
             Self::FailoverRun => ("failover: decision to first step", "ms"),
+            Self::BackupMemory => ("backup's memory beyond RAM", "MiB"),
             Self::TcpOutCpu => ("TCP guest to host, CPU", "ns/B"),
             Self::TcpInCpu => ("TCP host to guest, CPU", "ns/B"),
             Self::TcpRoundTripCpu => ("TCP round trip, CPU", "us"),
@@ -204,6 +209,7 @@ impl Metric {
             Self::TcpIn => ("TCP host to guest", "Gbit/s"),
             Self::TcpRoundTrips => ("TCP round trips of 64 bytes", "1/s"),
             Self::Work => ("work of the guest", "1/s"),
+            Self::Rate => ("checkpoints a second", "1/s"),
         }
     }
 
@@ -258,8 +264,16 @@ pub enum Scenario {
     RemusMany,
     /// The same with more than is worth a checkpoint each time: the period adapts.
     RemusAuto,
+    /// Linux that unpacks an archive.
+    RemusUnpack,
+    /// Linux with a database.
+    RemusDatabase,
     /// A protected guest on one of two hosts, and a client outside.
     RemusHosts,
+    /// The same with a disk, and few pages between two checkpoints at a fixed period.
+    RemusHeld,
+    /// A guest and its backup on one host, where a fence decides.
+    RemusLocal,
 }
 
 impl Scenario {
@@ -280,7 +294,11 @@ impl Scenario {
             Self::RemusFew => "200 pages every 25 ms",
             Self::RemusMany => "2,000 pages every 100 ms",
             Self::RemusAuto => "2,000 pages per 25 ms of work",
+            Self::RemusUnpack => "An archive is unpacked",
+            Self::RemusDatabase => "A database",
             Self::RemusHosts => "Two hosts",
+            Self::RemusHeld => "Two hosts, 200 pages every 25 ms",
+            Self::RemusLocal => "One host, with a fence",
         }
     }
 }

@@ -73,8 +73,8 @@ pub enum Subject {
     Goals(goals::Plan),
     /// This monitor while something is blocked, and how often it is asked.
     Held(usize),
-    /// This monitor while it protects a guest, and how many turns.
-    Remus(usize),
+    /// This monitor while it protects a guest.
+    Remus(remus::Plan),
 }
 
 /// Runs `task` and reports the results.
@@ -111,9 +111,9 @@ fn all(task: &Task) -> Result<()> {
         Subject::Builds(plan) => builds::measure(&rig, plan)
             .map_err(|error| anyhow::anyhow!(with_last_words(&rig, &error))),
         Subject::Held(times) => held::measure(&rig, &debian, *times),
-        Subject::Remus(turns) => {
+        Subject::Remus(plan) => {
             let ours = find(&paths, &debian).0.into_iter().find(Found::is_ours);
-            remus::measure(&rig, &debian, &ours.context("this monitor is missing")?, *turns)
+            remus::measure(&rig, &debian, &ours.context("this monitor is missing")?, plan)
         }
     };
     rig.clean_up()?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::density::Counts;
-use super::{builds, monitors};
+use super::{Scenario, builds, monitors, remus};
 
 /// How it is used.
 pub const USAGE: &str = "\
@@ -24,7 +24,9 @@ Usage: cargo compare [-- OPTIONS]
                runs of each for what takes milliseconds, 20 for block and network, or RUNS.
                Fails if B is certainly slower or larger than A by more than 3 %.
   --remus      only what protecting Linux costs it: pauses, and work that it does not get done
-               (5 turns, or RUNS; 4 minutes)
+               (5 turns, or RUNS; 7 minutes)
+  --only PART  of --remus only this, or these: few, many, auto, unpack, database, hosts, held, local
+  --seconds N  how long --remus counts checkpoints between two hosts (15)
   --density    only many machines at once: 100 that start, 50 that are restored from one save
                (15 runs). Needs 64 MiB of free memory for each
   --machines N, --clones N
@@ -79,6 +81,10 @@ pub struct Options {
     pub counts: Counts,
     /// The only other monitors, by their programs' names; all, if there are none.
     pub peers: Vec<String>,
+    /// The only parts of [`What::Remus`]; all, if there are none.
+    pub only: Vec<Scenario>,
+    /// For how many seconds its checkpoints between two hosts are counted.
+    pub seconds: u64,
 }
 
 impl Options {
@@ -96,6 +102,8 @@ impl Options {
             payload: false,
             counts: Counts::default(),
             peers: Vec::new(),
+            only: Vec::new(),
+            seconds: remus::SECONDS,
         };
         while let Some(word) = words.pop_front() {
             match word.as_str() {
@@ -110,6 +118,18 @@ impl Options {
                 "--payload" => (options.payload, options.emulated) = (true, false),
                 "--scattered" => options.only(What::Scattered)?,
                 "--remus" => options.only(What::Remus)?,
+                "--only" => {
+                    let part = words.pop_front();
+                    let part = remus::PARTS.iter().find(|(name, _)| Some(*name) == part.as_deref());
+                    let names = remus::PARTS.map(|(name, _)| name).join(", ");
+                    let (_, part) = part.with_context(|| format!("--only takes one of {names}"))?;
+                    options.only.push(*part);
+                }
+                "--seconds" => {
+                    let seconds = words.pop_front().and_then(|seconds| seconds.parse().ok());
+                    let seconds = seconds.filter(|seconds| (1..=3600).contains(seconds));
+                    options.seconds = seconds.context("--seconds takes a number, 1 to 3600")?;
+                }
                 "--peer" => {
                     let known = monitors::PEERS_KNOWN.map(|monitor| monitor.program);
                     let peer = words.pop_front().filter(|peer| known.contains(&peer.as_str()));
@@ -177,12 +197,22 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_remus_are_named() {
+        let options = parse("--remus --only few --only held --seconds 60").unwrap().unwrap();
+        assert_eq!(options.only, [Scenario::RemusFew, Scenario::RemusHeld]);
+        assert_eq!(options.seconds, 60);
+        assert!(parse("--remus").unwrap().unwrap().only.is_empty());
+    }
+
+    #[test]
     fn what_cannot_be_is_refused() {
         let error = |line| parse(line).unwrap_err().to_string();
         assert!(error("--density --goals").ends_with("are mutually exclusive"));
         assert!(error("--machines 0").contains("1 to 300"));
         assert!(error("--peer nobody").starts_with("--peer takes one of qemu-system-x86_64, "));
         assert!(error("-n 0").contains("1 or more"));
+        assert!(error("--remus --only pauses").starts_with("--only takes one of few, many, "));
+        assert!(error("--remus --seconds 0").contains("1 to 3600"));
         assert!(error("--faster").starts_with("--faster is not an option"));
         assert!(parse("-h").unwrap().is_none());
     }

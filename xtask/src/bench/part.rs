@@ -76,7 +76,11 @@ impl Part {
             Scenario::RemusFew
             | Scenario::RemusMany
             | Scenario::RemusAuto
-            | Scenario::RemusHosts => &[Self::Protection],
+            | Scenario::RemusUnpack
+            | Scenario::RemusDatabase
+            | Scenario::RemusHosts
+            | Scenario::RemusHeld
+            | Scenario::RemusLocal => &[Self::Protection],
         }
     }
 
@@ -90,16 +94,7 @@ impl Part {
             M::Restore => Self::Restore,
             M::RestoreLarge => Self::RestoreLarge,
             M::List => Self::List,
-            _ if matches!(
-                scenario,
-                Scenario::RemusFew
-                    | Scenario::RemusMany
-                    | Scenario::RemusAuto
-                    | Scenario::RemusHosts
-            ) =>
-            {
-                Self::Protection
-            }
+            _ if Self::of(scenario) == [Self::Protection] => Self::Protection,
             M::Init => Self::Init,
             M::ScatteredDirectory | M::ScatteredStream => Self::Scattered,
             M::ManyWall | M::ManyCpu | M::ManyPrivate | M::ManyPss | M::ManyGuest => Self::Machines,
@@ -134,7 +129,9 @@ impl Part {
             | M::FailoverDetect
             | M::FailoverApply
             | M::FailoverRun
-            | M::Work => Self::Protection,
+            | M::BackupMemory
+            | M::Work
+            | M::Rate => Self::Protection,
         };
         Self::of(scenario).contains(&part).then_some(part)
     }

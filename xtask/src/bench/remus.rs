@@ -10,10 +10,21 @@
 //!   checkpoint costs at least;
 //! - nowhere: its checkpoints are taken and encoded, and sent nowhere;
 //! - backup: they are sent to a backup on the same host, which shares its processors.
+//!
+//! Beside them stands a bare loop that has nothing of a monitor ([`floor`]). Other parts measure real
+//! work ([`real`]), two hosts in a network ([`network`], [`held`]), and one with a fence ([`local`]).
+mod floor;
+mod held;
+mod local;
 mod network;
+mod real;
+mod verdict;
+
+pub use held::SECONDS;
+pub use verdict::verdict;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,23 +38,33 @@ use serde::{Deserialize, Serialize};
 use stories::debian::Debian;
 
 use super::control::Connection;
-use super::figures::Figures;
 use super::measure::{LIMIT, Turn, send};
 use super::monitors::{Found, Guest};
 use super::part::Part;
 use super::rig::Rig;
-use super::run::last_words;
-use super::statistics::{median, quantile};
+use super::run::{Run, last_words};
+use super::smaps;
 use super::{Message, Metric, Scenario};
 
 /// Turns, if nothing else is wanted.
 pub const TURNS: usize = 5;
+/// The parts, as `--only` has them.
+pub const PARTS: [(&str, Scenario); 8] = [
+    ("few", Scenario::RemusFew),
+    ("many", Scenario::RemusMany),
+    ("auto", Scenario::RemusAuto),
+    ("unpack", Scenario::RemusUnpack),
+    ("database", Scenario::RemusDatabase),
+    ("hosts", Scenario::RemusHosts),
+    ("held", Scenario::RemusHeld),
+    ("local", Scenario::RemusLocal),
+];
 /// RAM of the guest, MiB.
 const MIB: u64 = 512;
 /// Until what the beginning of a manner has disturbed is over.
 const SETTLE: Duration = Duration::from_millis(1500);
 /// Figures of work, one a second, in each turn of each manner.
-const SECONDS: usize = 3;
+const FIGURES: usize = 3;
 /// How long a protection may take to begin or to end.
 const SOON: Duration = Duration::from_secs(30);
 
@@ -85,6 +106,17 @@ impl Manner {
     }
 }
 
+/// What is measured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// Turns of each part.
+    pub turns: usize,
+    /// Seconds for which checkpoints are counted between two hosts.
+    pub seconds: u64,
+    /// These parts; all, if there are none.
+    pub only: Vec<Scenario>,
+}
+
 /// What the guest does, and how often it is checkpointed.
 struct Load {
     scenario: Scenario,
@@ -116,45 +148,67 @@ const LOADS: [Load; 3] = [
     },
 ];
 /// Milliseconds between two checkpoints that adapt, at most.
-const LONGEST: u64 = 200;
+const LONGEST: u64 = 1000;
 
-/// Measures everything, in `turns` turns.
+/// Measures what `plan` says.
 ///
 /// # Errors
 /// The requesting process has ended, or the measurement is interrupted.
-pub fn measure(rig: &Rig, debian: &Debian, found: &Found, turns: usize) -> Result<()> {
+pub fn measure(rig: &Rig, debian: &Debian, found: &Found, plan: &Plan) -> Result<()> {
     for manner in Manner::ALL {
         let version = format!("{}; {}", manner.about(), found.version()?);
         send(&Message::Monitor { name: manner.name().to_owned(), version })?;
     }
-    send(&Message::Plan(LOADS.len() * turns * Manner::ALL.len() + 2 * turns))?;
-    for load in &LOADS {
-        let result = under(rig, found, load, turns);
-        note(rig, load.scenario, result, || last_words(&rig.dir))?;
+    let version = "a timer stops the guest, and its thread copies what was written".to_owned();
+    send(&Message::Monitor { name: floor::NAME.to_owned(), version })?;
+    let wanted = |scenario| plan.only.is_empty() || plan.only.contains(&scenario);
+    let scenarios: Vec<_> =
+        PARTS.into_iter().map(|(_, part)| part).filter(|&part| wanted(part)).collect();
+    let steps = |scenario: &Scenario| match scenario {
+        Scenario::RemusFew | Scenario::RemusMany => plan.turns * Manner::ALL.len() + 2,
+        Scenario::RemusAuto => plan.turns * Manner::ALL.len(),
+        Scenario::RemusHosts => 2 * plan.turns,
+        Scenario::RemusHeld => 1,
+        _ => plan.turns,
+    };
+    send(&Message::Plan(scenarios.iter().map(steps).sum()))?;
+    let turns = plan.turns;
+    for scenario in scenarios {
+        let load = LOADS.iter().find(|load| load.scenario == scenario);
+        let result = match (scenario, load) {
+            (_, Some(load)) => under(rig, found, load, turns),
+            (Scenario::RemusHosts, _) => network::measure(rig, debian, turns),
+            (Scenario::RemusHeld, _) => held::measure(rig, debian, plan.seconds),
+            (Scenario::RemusLocal, _) => local::measure(rig, found, turns),
+            _ => real::measure(rig, debian, found, scenario, turns),
+        };
+        note(rig, scenario, result)?;
     }
-    let result = network::measure(rig, debian, turns);
-    note(rig, Scenario::RemusHosts, result, String::new)
+    Ok(())
 }
 
 /// Reports why a scenario has failed, if it has.
-fn note(
-    rig: &Rig,
-    scenario: Scenario,
-    result: Result<()>,
-    words: impl FnOnce() -> String,
-) -> Result<()> {
+fn note(rig: &Rig, scenario: Scenario, result: Result<()>) -> Result<()> {
     let Err(error) = result else { return Ok(()) };
     rig.interrupt.check()?;
     send(&Message::Failed {
         scenario,
         part: Part::Protection.label().to_owned(),
         monitor: "this monitor".to_owned(),
-        error: format!("{error:#}; it said: {}", words()),
+        error: format!("{error:#}; it said: {}", last_words(&rig.dir)),
     })
+}
+
+/// A function that reports figures of a scenario in a manner.
+fn sampler(scenario: Scenario, name: &'static str) -> impl Fn(Metric, f64) -> Result<()> {
+    move |metric, value| {
+        send(&Message::Sample { scenario, metric, monitor: name.to_owned(), value })
+    }
 }
 
 /// Measures one load: one guest, in all manners in turns.
 fn under(rig: &Rig, found: &Found, load: &Load, turns: usize) -> Result<()> {
+    floor::measure(rig, load)?;
     let (turn, period) = (Turn::new(rig, found, load.scenario), load.period.as_micros());
     let paced = if load.adapts { " paced=work" } else { "" };
     let what = format!("work pages={} period={period}{paced}", load.pages);
@@ -172,27 +226,34 @@ fn under(rig: &Rig, found: &Found, load: &Load, turns: usize) -> Result<()> {
             let step = format!("{}: {}", load.scenario.title(), manner.name());
             send(&Message::Step(step))?;
             let protected = protect(rig, found, &mut client, manner, load)?;
-            let sample = |metric, value| {
-                let (scenario, monitor) = (load.scenario, manner.name().to_owned());
-                send(&Message::Sample { scenario, metric, monitor, value })
-            };
-            let until = Instant::now() + SETTLE;
-            while Instant::now() < until {
-                run.wait_figure(SOON)?;
-            }
+            let sample = sampler(load.scenario, manner.name());
+            settle(&mut run)?;
             let after = last(&mut client)?;
-            for _ in 0..SECONDS {
+            for _ in 0..FIGURES {
                 let (name, value, _) = run.wait_figure(SOON)?;
                 ensure!(name == "work", "the guest says {name}");
                 sample(Metric::Work, value)?;
+                if let Some(Protected(Some(backup))) = &protected {
+                    sample(Metric::BackupMemory, backup.mib_beyond_ram(MIB)?)?;
+                }
             }
             for epoch in epochs(&mut client, after)? {
-                report(&epoch, load, sample)?;
+                report(&epoch, load, &sample)?;
             }
             if let Some(protected) = protected {
                 unprotect(&mut client, protected)?;
             }
         }
+    }
+    drop(run);
+    floor::measure(rig, load)
+}
+
+/// Waits until what has just begun does not disturb the guest any more.
+fn settle(run: &mut Run) -> Result<()> {
+    let until = Instant::now() + SETTLE;
+    while Instant::now() < until {
+        run.wait_figure(SOON)?;
     }
     Ok(())
 }
@@ -232,6 +293,14 @@ struct Protected(Option<Backup>);
 
 struct Backup(std::process::Child);
 
+impl Backup {
+    /// MiB of its own memory, when its guest has so many.
+    fn mib_beyond_ram(&self, mib: u64) -> Result<f64> {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.0.id()))?;
+        Ok(smaps::shares(&smaps, mib << 10)?.private as f64 / 1024.0)
+    }
+}
+
 impl Drop for Backup {
     fn drop(&mut self) {
         // An error here means that it has ended already.
@@ -247,12 +316,23 @@ fn protect(
     manner: Manner,
     load: &Load,
 ) -> Result<Option<Protected>> {
-    let mut start = ReplicationStart {
+    let start = ReplicationStart {
         interval: (!load.adapts).then_some(load.period.as_millis() as u64),
         max_period: load.adapts.then_some(LONGEST),
         r#unsafe: Some(true),
         ..Default::default()
     };
+    begin(rig, found, client, manner, start)
+}
+
+/// Begins a protection in this manner, and otherwise as `start` says.
+fn begin(
+    rig: &Rig,
+    found: &Found,
+    client: &mut qmp::client::Client,
+    manner: Manner,
+    mut start: ReplicationStart,
+) -> Result<Option<Protected>> {
     let mut protected = Protected(None);
     match manner {
         Manner::Nothing => return Ok(None),
@@ -260,7 +340,7 @@ fn protect(
         Manner::Nowhere => start.blackhole = Some(ReplicationBlackhole::Checkpoint),
         Manner::Backup => {
             let socket = rig.dir.join("backup.sock");
-            protected.0 = Some(backup(found, &socket)?);
+            protected.0 = Some(backup(found, &socket, "")?);
             start.uri = Some(format!("unix:{}", socket.display()));
         }
     }
@@ -293,16 +373,16 @@ fn until(
     }
 }
 
-/// A monitor that waits for a primary at `socket`.
-fn backup(found: &Found, socket: &Path) -> Result<Backup> {
+/// A monitor that waits for a primary at `socket`, with more `words` about that.
+fn backup(found: &Found, socket: &Path, words: &str) -> Result<Backup> {
     match fs::remove_file(socket) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
     }
     let mut command = found.program()?;
-    let control = socket.with_extension("qmp");
+    let control = control(socket);
     command.arg("-qmp").arg(format!("unix:{},server,nowait", control.display()));
-    command.arg("-incoming").arg(format!("replicate:unix:{}", socket.display()));
+    command.arg("-incoming").arg(format!("replicate:unix:{}{words}", socket.display()));
     let said = fs::File::create(socket.with_extension("said"))?;
     command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said);
     let backup = Backup(command.spawn().context("cannot start the backup")?);
@@ -312,6 +392,11 @@ fn backup(found: &Found, socket: &Path) -> Result<Backup> {
         thread::sleep(Duration::from_millis(5));
     }
     Ok(backup)
+}
+
+/// The control socket of the backup at `socket`.
+fn control(socket: &Path) -> PathBuf {
+    socket.with_extension("qmp")
 }
 
 /// The checkpoints after number `after`.
@@ -328,116 +413,4 @@ fn epochs(client: &mut qmp::client::Client, mut after: u64) -> Result<Vec<Replic
 /// The number of the last checkpoint.
 fn last(client: &mut qmp::client::Client) -> Result<u64> {
     Ok(epochs(client, 0)?.last().map_or(0, |epoch| epoch.number))
-}
-
-/// What has to be reached, one line for each; nothing of what was not measured.
-#[must_use]
-pub fn verdict(figures: &Figures) -> Vec<String> {
-    let of = |scenario, metric, manner: Manner| figures.samples(scenario, metric, manner.name());
-    let pause = |scenario: Scenario, manner: Manner, (most, p99): (f64, f64)| {
-        let samples = of(scenario, Metric::Pause, manner);
-        let (middle, high) = (median(samples)?, quantile(samples, 0.99)?);
-        let title = scenario.title();
-        let (name, n) = (manner.name(), samples.len());
-        let said = format!(
-            "pause, {title}, {name}: median {middle:.2} ms (at most {most}), p99 {high:.2} ms (at most {p99}), n = {n}"
-        );
-        Some(judged(said, middle <= most && high <= p99))
-    };
-    let floor = |scenario: Scenario| {
-        let samples = of(scenario, Metric::PauseHarvest, Manner::Harvest);
-        let (middle, n) = (median(samples)?, samples.len());
-        Some(format!("  harvest alone, {}: median {middle:.2} ms, n = {n}", scenario.title()))
-    };
-    let cost = |manner: Manner| {
-        let work = |manner| of(Scenario::RemusFew, Metric::Work, manner);
-        let (protected, floor) = (work(manner), work(Manner::Harvest));
-        let cost = 100.0 - median(protected)? / median(floor)? * 100.0;
-        let all = 100.0 - median(protected)? / median(work(Manner::Nothing))? * 100.0;
-        let (name, n) = (manner.name(), protected.len());
-        let said = format!(
-            "cost at 40/s and 200 pages beyond harvesting, {name}: {cost:.1} % (at most 5), {all:.1} % of all work, n = {n}"
-        );
-        Some(judged(said, cost <= 5.0))
-    };
-    let adapted = |manner: Manner| {
-        let of = |metric, manner| of(Scenario::RemusAuto, metric, manner);
-        let protected = of(Metric::Work, manner);
-        let lost = 100.0 - median(protected)? / median(of(Metric::Work, Manner::Nothing))? * 100.0;
-        let (period, n) = (median(of(Metric::Period, manner))?, protected.len());
-        let said = format!(
-            "2,000 pages per 25 ms of work, period adapted, {}: {lost:.1} % of all work (at most 15), period {period:.0} ms, n = {n}",
-            manner.name()
-        );
-        Some(judged(said, lost <= 15.0))
-    };
-    let hosts = |metric, manner| of(Scenario::RemusHosts, metric, manner);
-    let lone = || {
-        let (alone, held) = (
-            hosts(Metric::LoneRequest, Manner::Nothing),
-            hosts(Metric::LoneRequest, Manner::Backup),
-        );
-        let (before, after) = (median(alone)?, median(held)?);
-        let (added, n) = (after - before, held.len());
-        let said = format!(
-            "lone request, period adapted: {after:.2} ms instead of {before:.2}, {added:.2} later (at most 5), n = {n}"
-        );
-        Some(judged(said, added <= 5.0))
-    };
-    let failover = || {
-        let samples = hosts(Metric::Failover, Manner::Backup);
-        let (middle, n) = (median(samples)?, samples.len());
-        let most = quantile(samples, 1.0)?;
-        let said = format!(
-            "kill -9 to the guest running at the backup, time-out 200 ms: median {middle:.0} ms, all at most {most:.0} (at most 500), n = {n}"
-        );
-        Some(judged(said, most <= 500.0))
-    };
-    [
-        pause(Scenario::RemusMany, Manner::Backup, (1.5, 4.0)),
-        pause(Scenario::RemusMany, Manner::Nowhere, (1.5, 4.0)),
-        floor(Scenario::RemusMany),
-        pause(Scenario::RemusFew, Manner::Backup, (0.5, 2.0)),
-        pause(Scenario::RemusFew, Manner::Nowhere, (0.5, 2.0)),
-        floor(Scenario::RemusFew),
-        cost(Manner::Nowhere),
-        cost(Manner::Backup),
-        adapted(Manner::Nowhere),
-        adapted(Manner::Backup),
-        lone(),
-        failover(),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
-}
-
-fn judged(mut said: String, good: bool) -> String {
-    said.push_str(if good { ": kept" } else { ": MISSED" });
-    said
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_pause_is_judged_by_its_median_and_its_99th_percentile() {
-        let mut figures = Figures::default();
-        let mut add = |manner: Manner, metric, values: &[f64]| {
-            for value in values {
-                figures.sample(Scenario::RemusFew, metric, manner.name().to_owned(), *value);
-            }
-        };
-        assert_eq!(verdict(&Figures::default()), [""; 0]);
-        add(Manner::Backup, Metric::Pause, &[&[0.4; 95][..], &[2.5; 5]].concat());
-        add(Manner::Nowhere, Metric::Pause, &[0.4; 100]);
-        add(Manner::Harvest, Metric::Work, &[100.0]);
-        add(Manner::Nothing, Metric::Work, &[110.0]);
-        add(Manner::Nowhere, Metric::Work, &[94.0]);
-        let lines = verdict(&figures);
-        let kept: Vec<_> = lines.iter().map(|line| line.ends_with("kept")).collect();
-        assert_eq!(kept, [false, true, false], "{lines:?}");
-        assert!(lines[2].contains("6.0 %") && lines[2].contains("14.5 %"), "{lines:?}");
-    }
 }

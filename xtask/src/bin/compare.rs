@@ -83,7 +83,8 @@ fn main() -> Result<()> {
             let turns = options.runs(remus::TURNS);
             results.figures.runs = turns;
             results.figures.title = "what protecting a machine costs".to_owned();
-            run.run(&Host::Native, &task(Subject::Remus(turns)), &mut results)?;
+            let plan = remus::Plan { turns, seconds: options.seconds, only: options.only.clone() };
+            run.run(&Host::Native, &task(Subject::Remus(plan)), &mut results)?;
             return report(&results.figures, &out, ["remus.json", "remus.svg"]);
         }
         What::Density => {
