@@ -83,9 +83,15 @@ struct Failed {
 pub fn run(plan: &Plan, paths: &Paths, debian: &Debian, interrupt: &Interrupt) -> Result<()> {
     println!("Seed {}.", plan.seed);
     let (mut done, mut failed) = (Vec::new(), Vec::new());
-    let mut next = plan.from;
+    let (mut next, mut stopped) = (plan.from, Ok(()));
     while next <= plan.turns && failed.len() < MOST_FAILURES {
-        let (number, ended) = chain(plan, next, (paths, debian), interrupt, &mut done)?;
+        let (number, ended) = match chain(plan, next, (paths, debian), interrupt, &mut done) {
+            Ok(ended) => ended,
+            Err(error) => {
+                stopped = Err(error);
+                break;
+            }
+        };
         if let Some(what) = ended {
             println!("{number:>6}: failed: {what}");
             failed.push(Failed { number, what });
@@ -94,6 +100,7 @@ pub fn run(plan: &Plan, paths: &Paths, debian: &Debian, interrupt: &Interrupt) -
     }
     print!("{}", table(&done));
     print!("{}", found(&done, &failed, plan));
+    stopped?;
     ensure!(failed.is_empty(), "{} of the turns failed", failed.len());
     Ok(())
 }
@@ -138,8 +145,9 @@ fn chain(
 fn found(done: &[Done], failed: &[Failed], plan: &Plan) -> String {
     let at = |step| done.iter().filter(|done| done.turn.step == step).count();
     let steps = Step::ALL.map(|step| format!("{} {step:?}", at(Some(step))));
+    let again: u32 = done.iter().map(|done| done.again).sum();
     let mut text = format!(
-        "\n{} failovers: {} at any moment, {}. Failed: {}.\n",
+        "\n{} failovers: {} at any moment, {}. Protected only by another backup: {again}. Failed: {}.\n",
         done.len(),
         at(None),
         steps.join(", "),
@@ -157,7 +165,7 @@ fn found(done: &[Done], failed: &[Failed], plan: &Plan) -> String {
 /// A row for each figure, in milliseconds.
 fn table(done: &[Done]) -> String {
     type Figure = fn(&Done) -> Duration;
-    let figures: [(&str, Figure); 8] = [
+    let figures: [(&str, Figure); 10] = [
         ("detect", |done| done.failover.detect),
         ("decide", |done| done.failover.decide),
         ("apply", |done| done.failover.apply),
@@ -165,6 +173,8 @@ fn table(done: &[Done]) -> String {
         ("all, from outside", |done| done.failover.all),
         ("away, by datagrams", |done| done.away),
         ("the counter's gap", |done| done.gap),
+        ("until protected", |done| done.protecting),
+        ("checks", |done| done.checking),
         ("the whole turn", |done| done.took),
     ];
     let mut table =
@@ -207,7 +217,18 @@ mod tests {
         let failover =
             Failover { detect: ms(1), decide: ms(2), apply: ms(3), run: ms(4), all: ms(5) };
         let turn = Turn::new(1, 1);
-        let done = |gap| Done { turn, failover, away: ms(6), gap: ms(gap), took: ms(900) };
+        let (protecting, checking, took) = (ms(300), ms(100), ms(900));
+        let done = |gap| Done {
+            turn,
+            failover,
+            away: ms(6),
+            gap: ms(gap),
+            protecting,
+            checking,
+            took,
+            free: 1,
+            again: 0,
+        };
         let done = [done(6), done(8)];
         let table = table(&done);
         assert!(

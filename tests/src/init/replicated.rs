@@ -10,6 +10,7 @@
 //! record                    NUMBER                     after the next record is on the disk and flushed
 //! records                   NUMBER                     after all records were read back from the disk
 //! uptime                    MILLISECONDS               of its monotonic clock
+//! free                      KIBIBYTES                  that its kernel could still give
 //! reboot, poweroff          ok                         and does so a moment later
 //! anything else             error: ...
 //! ```
@@ -58,6 +59,13 @@ static RECORDS: Mutex<u64> = Mutex::new(0);
 #[repr(align(4096))]
 #[derive(Clone)]
 struct Page([u8; PAGE]);
+
+/// Records that are read back at once.
+const AT_ONCE: usize = 64;
+
+/// As [`Page`], for so many.
+#[repr(align(4096))]
+struct Pages([u8; AT_ONCE * PAGE]);
 
 /// The memory that is written again and again.
 struct Area {
@@ -144,11 +152,11 @@ fn carry_out(words: &[&str]) -> io::Result<String> {
         ["write", pages, bytes, ms] => {
             let (pages, bytes, ms) = (number(pages)?, number(bytes)?, number(ms)?);
             let mut area = lock(&AREA);
-            let next = area.number + 1;
-            // First, since both might not fit.
-            *area = Area::NONE;
-            area.number = next;
-            area.pages = vec![Page([0; PAGE]); pages as usize];
+            // In the same place each time: freed and allocated again and again, it would leave holes
+            // that fill the memory.
+            area.pages.clear();
+            area.pages.resize(pages as usize, Page([0; PAGE]));
+            (area.number, area.round) = (area.number + 1, 0);
             area.bytes = (bytes as usize).min(PAGE);
             area.period = Duration::from_millis(ms);
             AREA_CHANGED.notify_all();
@@ -172,12 +180,16 @@ fn carry_out(words: &[&str]) -> io::Result<String> {
         ["records"] => {
             let records = lock(&RECORDS);
             let disk = disk()?;
-            let (mut found, mut wanted) = (Page([0; PAGE]), Page([0; PAGE]));
-            for number in 1..=*records {
-                disk.read_exact_at(&mut found.0, (number - 1) * PAGE as u64)?;
-                record(number, &mut wanted.0);
-                if found.0 != wanted.0 {
-                    return Err(io::Error::other(format!("record {number} is not on the disk")));
+            let (mut found, mut wanted) = (Box::new(Pages([0; AT_ONCE * PAGE])), [0; PAGE]);
+            for first in (1..=*records).step_by(AT_ONCE) {
+                let count = (*records + 1 - first).min(AT_ONCE as u64) as usize;
+                let found = &mut found.0[..count * PAGE];
+                disk.read_exact_at(found, (first - 1) * PAGE as u64)?;
+                for (number, found) in (first..).zip(found.chunks_exact(PAGE)) {
+                    record(number, &mut wanted);
+                    if found != wanted {
+                        return Err(io::Error::other(format!("record {number} is not on the disk")));
+                    }
                 }
             }
             Ok(records.to_string())
@@ -187,6 +199,12 @@ fn carry_out(words: &[&str]) -> io::Result<String> {
             // Seconds with two decimals.
             let first = uptime.split(' ').next().unwrap_or_default();
             Ok(format!("{}0", first.replace('.', "").trim_start_matches('0')))
+        }
+        ["free"] => {
+            let known = fs::read_to_string("/proc/meminfo")?;
+            let line = known.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+            let words = line.map(str::trim).and_then(|line| line.strip_suffix(" kB"));
+            words.map(str::to_owned).ok_or_else(|| io::Error::other("no MemAvailable"))
         }
         ["reboot"] => Ok(end_soon(RB_AUTOBOOT)),
         ["poweroff"] => Ok(end_soon(RB_POWER_OFF)),

@@ -94,6 +94,18 @@ impl Agent {
         self.heard.lock().events.clone()
     }
 
+    /// The state of replication that it has heard of last.
+    #[must_use]
+    pub fn state(&self) -> Option<String> {
+        self.heard
+            .lock()
+            .events
+            .iter()
+            .rev()
+            .find_map(|(_, event)| states(event))
+            .map(str::to_owned)
+    }
+
     /// Forgets what it has heard.
     pub fn forget(&self) {
         self.heard.lock().events.clear();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
+use serde_json::Value;
 
 use super::client::Client;
 use super::counter::{Counter, Manner, Report};
@@ -22,8 +23,14 @@ const PROTECTION: Protection =
     Protection { interval: Duration::from_millis(25), timeout: Duration::from_millis(200) };
 /// How long a failover may take at most. Whether it is fast enough, the figures say.
 const LIMIT: Duration = Duration::from_secs(20);
-/// Numbers that the guest gives before and after each failover.
-const NUMBERS: usize = 20;
+/// How soon an epoch is at a step, if there are any.
+const STEP: Duration = Duration::from_secs(10);
+/// Numbers that the guest gives before each failover, each of them held until a checkpoint is
+/// acknowledged; and after it.
+const BEFORE: usize = 5;
+const AFTER: usize = 20;
+/// How often another backup is tried.
+const AGAIN: u32 = 3;
 /// Pause after each record on the disk.
 const RECORDS: Duration = Duration::from_millis(100);
 
@@ -47,7 +54,7 @@ impl Turn {
         let mut rng = Rng::with_seed(seed.wrapping_add(number.wrapping_mul(0x9e37_79b9)));
         let (pages, bytes) =
             if rng.bool() { (rng.u64(1..2000), 8 << rng.u32(0..10)) } else { (0, 0) };
-        let (period, work) = (rng.u64(1..50), rng.u64(0..500));
+        let (period, work) = (rng.u64(1..50), rng.u64(0..300));
         let step = if rng.bool() { rng.choice(Step::ALL) } else { None };
         Self {
             pages,
@@ -70,20 +77,28 @@ pub struct Done {
     pub away: Duration,
     /// How long no number did.
     pub gap: Duration,
+    /// From its beginning until the guest was protected.
+    pub protecting: Duration,
+    /// From the failover until everything was checked.
+    pub checking: Duration,
     /// How long all of the turn took.
     pub took: Duration,
+    /// KiB of memory that the guest has left.
+    pub free: u64,
+    /// How often another backup had to be tried.
+    pub again: u32,
 }
 
 impl fmt::Display for Done {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { turn, failover, away, gap, took } = self;
+        let Self { turn, failover, away, gap, took, .. } = self;
         let work = match turn.pages {
             0 => "an idle guest".to_owned(),
             pages => format!("{pages} pages of {} bytes each {:?}", turn.bytes, turn.period),
         };
         let step = turn.step.map_or("any moment".to_owned(), |step| format!("step {step:?}"));
         write!(f, "{work}, killed at {step}: away for {away:.1?}, to TCP for {gap:.1?}; ")?;
-        write!(f, "{failover:.1?}; {took:.1?} in all")
+        write!(f, "{failover:.1?}; {took:.1?} in all; {} KiB left", self.free)
     }
 }
 
@@ -123,24 +138,27 @@ impl<'a> Chain<'a> {
         self.client.write(turn.pages, turn.bytes, turn.period, SOON)?;
         // What is encrypted cannot be cut at a step.
         self.pair.tls = turn.step.is_none();
-        let host = self.pair.hosts.host(primary.side);
-        let mut relay = None;
-        let backup = self.pair.protect_through(&mut primary, PROTECTION, |to| {
-            if turn.step.is_none() {
-                return Ok(to);
-            }
-            let (made, address) = Relay::start(host, to)?;
-            relay = Some(made);
-            Ok(address)
-        })?;
-        self.counter.wait(NUMBERS, SOON).context("protected")?;
-        std::thread::sleep(turn.work);
-        let killed = match relay.as_ref().zip(turn.step) {
-            Some((relay, step)) => relay.wait(step, SOON)?,
-            None => Instant::now(),
+        let mut again = 0;
+        let (backup, protecting, killed) = loop {
+            let (backup, relay) = self.protect(&mut primary, turn, &mut again)?;
+            let protecting = began.elapsed();
+            self.counter.wait(BEFORE, SOON).context("protected")?;
+            std::thread::sleep(turn.work);
+            let reached = match relay.as_ref().zip(turn.step) {
+                Some((relay, step)) => relay.wait(step, STEP),
+                None => Ok(Instant::now()),
+            };
+            let error = match (reached, primary.agent.state().as_deref()) {
+                (Ok(now), Some("protected")) => break (backup, protecting, now),
+                (reached, _) => reached.err(),
+            };
+            // It must not claim the guest that its primary has lost nothing of.
+            drop(backup);
+            disturbed(&mut primary, &mut again, error)?;
         };
         let failover = Pair::kill(primary, &backup, LIMIT)?;
-        self.counter.wait(NUMBERS, LIMIT).context("after the failover")?;
+        let runs = Instant::now();
+        self.counter.wait(AFTER, LIMIT).context("after the failover")?;
         self.client.check_memory(SOON)?;
         // Each of them was flushed before it was acknowledged.
         let acknowledged = self.recorder.acknowledged();
@@ -149,7 +167,34 @@ impl<'a> Chain<'a> {
         ensure!(found > acknowledged, "{found} records of {acknowledged}");
         self.primary = Some(backup);
         let (away, gap) = (self.probe.longest_gap(killed)?, self.counter.longest_gap(killed));
-        Ok(Done { turn, failover, away, gap, took: began.elapsed() })
+        let free = self.client.free(SOON)?;
+        let (checking, took) = (runs.elapsed(), began.elapsed());
+        Ok(Done { turn, failover, away, gap, protecting, checking, took, free, again })
+    }
+
+    /// Protects the guest, through a relay if it is to be killed at a step.
+    fn protect(
+        &mut self,
+        primary: &mut Machine,
+        turn: Turn,
+        again: &mut u32,
+    ) -> Result<(Machine, Option<Relay>)> {
+        let host = self.pair.hosts.host(primary.side);
+        loop {
+            let mut relay = None;
+            let protected = self.pair.protect_through(primary, PROTECTION, |to| {
+                if turn.step.is_none() {
+                    return Ok(to);
+                }
+                let (made, address) = Relay::start(host, to)?;
+                relay = Some(made);
+                Ok(address)
+            });
+            match protected {
+                Ok(backup) => return Ok((backup, relay)),
+                Err(error) => disturbed(primary, again, Some(error))?,
+            }
+        }
     }
 
     /// Ends it; what the counter has seen, and how many records were acknowledged.
@@ -160,6 +205,20 @@ impl<'a> Chain<'a> {
         let records = self.recorder.finish();
         Ok((self.counter.finish()?, records))
     }
+}
+
+/// On a host that is too busy, one side may hear nothing for the time-out. Then the primary has the
+/// guest, alone, which has lost nothing, and is protected by another backup.
+fn disturbed(primary: &mut Machine, again: &mut u32, error: Option<anyhow::Error>) -> Result<()> {
+    let error = error.map_or_else(|| "it has no backup any more".to_owned(), |e| format!("{e:#}"));
+    *again += 1;
+    ensure!(*again <= AGAIN, "{error}");
+    let alone = |info: &Value| {
+        let state = info.get("state").and_then(Value::as_str);
+        matches!(state, Some("off" | "degraded"))
+    };
+    primary.wait_until("it neither protects the guest nor has it alone", alone).context(error)?;
+    Ok(())
 }
 
 #[cfg(test)]

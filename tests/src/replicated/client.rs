@@ -149,6 +149,14 @@ impl Client {
         Ok(self.get("records", limit)?.parse()?)
     }
 
+    /// KiB of memory that the guest's kernel could still give.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn free(&mut self, limit: Duration) -> Result<u64> {
+        Ok(self.get("free", limit)?.parse()?)
+    }
+
     /// Milliseconds of the guest's monotonic clock.
     ///
     /// # Errors

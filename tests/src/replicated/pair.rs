@@ -319,9 +319,16 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// It is not in time.
     pub fn await_protection(primary: &Machine, backup: &Machine) -> Result<()> {
-        primary.agent.wait_state("protected", SOON).with_context(|| {
-            format!("primary: {}\nbackup: {}", primary.monitor.said(), backup.monitor.said())
-        })?;
+        let said =
+            || format!("primary: {}\nbackup: {}", primary.monitor.said(), backup.monitor.said());
+        let ends = ["protected", "off", "degraded"];
+        let state = primary.agent.wait_one_of(&ends, SOON).with_context(said)?;
+        ensure!(
+            state == "protected",
+            "it is {state}, after {:?}\n{}",
+            primary.agent.heard(),
+            said()
+        );
         Ok(())
     }
 
