@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "madvise, and mappings with flags of our own")]
 use std::{
     fs::{File, OpenOptions},
-    io,
+    io::{self, Read},
     ops::Range,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
@@ -280,7 +280,10 @@ fn advise(region: &MmapRegion<AtomicBitmap>, bytes: Range<usize>, advice: i32) -
 
 /// Memory that the host could still provide, by its own estimate.
 fn available() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    // Among the first lines, each of which is shorter than 32 bytes.
+    let mut meminfo = [0; 256];
+    let length = File::open("/proc/meminfo").and_then(|mut file| file.read(&mut meminfo)).ok()?;
+    let meminfo = std::str::from_utf8(meminfo.get(..length)?).ok()?;
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }

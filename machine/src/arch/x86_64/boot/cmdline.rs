@@ -55,7 +55,10 @@ pub(super) fn kernel_words(memory: &Memory, image: &[Range<u64>]) -> Option<Kern
 
 fn contains(memory: &Memory, image: &[Range<u64>], word: &[u8]) -> bool {
     let finder = Finder::new(word);
-    let mut buffer = vec![0; 64 << 10];
+    // No larger than needed: what is allocated may have to be touched.
+    let longest = image.iter().map(|range| range.end.saturating_sub(range.start)).max();
+    let size = usize::try_from(longest.unwrap_or(0)).unwrap_or(usize::MAX).min(64 << 10);
+    let mut buffer = vec![0; size];
     image.iter().any(|range| {
         let mut at = range.start;
         while at < range.end {

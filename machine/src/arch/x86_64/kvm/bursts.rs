@@ -15,7 +15,6 @@
 //! two entries; the next one is not. Until then, bytes that have left the ring are passed on to the
 //! back-end line by line (see [`Output`]).
 use std::{
-    io,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -38,6 +37,7 @@ pub struct Bursts {
     port: u16,
     /// What the bytes are written to, if it can hold them.
     output: Option<Output>,
+    /// Made when the first burst begins.
     ticks: Option<Ticks>,
     /// Bytes that exited since `since`.
     exits: u32,
@@ -55,23 +55,22 @@ impl Bursts {
         Self { vm, port, output, ticks: None, exits: 0, since, lasts: false, busy: false }
     }
 
-    /// Let ticks interrupt the calling thread.
-    ///
-    /// # Errors
-    /// When the host refuses a timer.
-    pub fn on_this_thread(&mut self) -> io::Result<()> {
-        self.ticks = Some(Ticks::new()?);
-        Ok(())
-    }
-
-    /// The guest has exited to write a byte. A burst begins if there were enough of them.
+    /// The guest has exited to write a byte. A burst begins if there were enough of them. Called on
+    /// the vCPU's thread, which ticks interrupt.
     pub fn exited(&mut self, now: Instant) {
         if now.saturating_duration_since(self.since) > WINDOW {
             (self.since, self.exits) = (now, 0);
         }
         self.exits += 1;
-        let (Some(vm), Some(ticks)) = (&self.vm, &self.ticks) else { return };
-        if self.exits < ENOUGH || self.lasts || ticks.every(PERIOD).is_err() {
+        let Some(vm) = &self.vm else { return };
+        if self.exits < ENOUGH || self.lasts {
+            return;
+        }
+        if self.ticks.is_none() {
+            // Without a timer there is no burst.
+            self.ticks = Ticks::new().ok();
+        }
+        if self.ticks.as_ref().is_none_or(|ticks| ticks.every(PERIOD).is_err()) {
             return;
         }
         self.lasts = true;

@@ -250,7 +250,6 @@ impl Cpu for KvmCpu {
         let (kicker, kicked) = kick::pair(&self.fd)?;
         self.kicked = Some(kicked);
         self.kept = Some(Ring::map(&self.fd)?);
-        self.bursts.on_this_thread()?;
         Ok(kicker)
     }
 
