@@ -5,7 +5,6 @@ use std::{
     io, iter,
     path::PathBuf,
     sync::{Arc, mpsc},
-    thread,
 };
 
 use config::{
@@ -71,14 +70,22 @@ pub struct Saved {
     pub undo: bool,
 }
 
-/// Whether the machine takes its disks and taps at once.
-struct BackendsHeld(bool);
-
 /// How the guest starts.
 enum Start {
     Boot,
-    /// With true, what is written to memory is logged from the beginning.
-    Resume(Opening, Contents, CpuFeatures, BackendsHeld, bool),
+    Resume(Box<Resume>),
+}
+
+/// What a guest that resumes needs.
+struct Resume {
+    opening: Opening,
+    memory: Contents,
+    /// The CPU features that the guest has seen.
+    seen: CpuFeatures,
+    /// The machine takes its disks and taps at once.
+    held: bool,
+    /// What is written to memory is logged from the beginning.
+    logs: bool,
 }
 
 impl Machine {
@@ -88,9 +95,9 @@ impl Machine {
     /// When the host or a file does not provide what the configuration requires.
     pub fn new(config: &MachineConfig, callbacks: Callbacks) -> Result<Self, BuildError> {
         let guard = CleanupGuard::before(config);
-        let occupied = Occupancy::at_start(config);
-        let made_of = MadeOf { config, occupied: &occupied, places: &places::at_start(config) };
-        let built = Self::build(&made_of, Start::Boot, callbacks)?;
+        let (occupied, places) = (Occupancy::at_start(config), places::at_start(config));
+        let ingredients = Ingredients { config: config.clone(), occupied, places };
+        let built = Self::build(ingredients, Start::Boot, callbacks)?;
         guard.keep();
         Ok(built)
     }
@@ -100,15 +107,16 @@ impl Machine {
     /// # Errors
     /// As [`Machine::new`]; when the state does not fit the configuration or this host.
     pub fn restored(saved: Saved, callbacks: Callbacks) -> Result<Self, BuildError> {
-        let Restorable { description, state } = &saved.restorable;
+        let Saved { restorable, opening, memory, clock_realtime, held, undo } = saved;
+        let Restorable { description, state } = restorable;
         let seen = CpuFeatures::try_from(&state.cpu)?;
-        let undo = saved.undo.then(|| Undo::before(&saved.memory.memory, state)).transpose();
+        let undo = undo.then(|| Undo::before(&memory.memory, &state)).transpose();
         let undo = undo.map_err(BuildError::Undo)?;
-        let (opening, memory, held) = (saved.opening, saved.memory, BackendsHeld(saved.held));
-        let start = Start::Resume(opening, memory, seen, held, undo.is_some());
-        let mut machine = Self::build(&MadeOf::from(description), start, callbacks)?;
+        let resume = Resume { opening, memory, seen, held, logs: undo.is_some() };
+        let start = Start::Resume(Box::new(resume));
+        let mut machine = Self::build(description.into(), start, callbacks)?;
         machine.pause_new()?;
-        machine.quiesced()?.restore(state, saved.clock_realtime)?;
+        machine.quiesced()?.restore(&state, clock_realtime)?;
         machine.tsc_khz = state.vcpus.first().map(VcpuState::tsc_khz);
         if let Some(undo) = undo {
             machine.built_with(undo)?;
@@ -118,56 +126,68 @@ impl Machine {
         Ok(machine)
     }
 
-    fn build(made_of: &MadeOf<'_>, start: Start, callbacks: Callbacks) -> Result<Self, BuildError> {
-        let MadeOf { config, occupied, places } = *made_of;
+    fn build(
+        ingredients: Ingredients,
+        start: Start,
+        callbacks: Callbacks,
+    ) -> Result<Self, BuildError> {
+        let Ingredients { config, occupied, places } = &ingredients;
         SlotCounts::try_from(Wanted::of(config, occupied))?;
         let cpu_ids = topology::cpu_ids(&config.topology, config.cpus)?;
 
-        let small = matches!(start, Start::Boot) && is_small(config);
-        let (kvm, made, seen, BackendsHeld(held), logs) = match start {
-            Start::Boot => (kvm::open()?, None, None, BackendsHeld(true), false),
-            Start::Resume(opening, memory, seen, held, logs) => {
+        let boots = matches!(start, Start::Boot);
+        let small = boots && is_small(config);
+        let (kvm, fd, contents, seen, held, logs) = match start {
+            Start::Boot => {
+                let kvm = kvm::open()?;
+                check_count(&kvm, config.cpus.get())?;
+                let memory = match small {
+                    true => memory::allocate_for_little(&config.memory)?,
+                    false => memory::allocate(&config.memory)?,
+                };
+                (kvm, None, memory.into(), None, true, false)
+            }
+            Start::Resume(resume) => {
+                let Resume { opening, memory, seen, held, logs } = *resume;
                 let opened = opening.finish().map_err(BuildError::Thread)??;
                 let Opened { kvm, vm, supported } = opened;
                 fits::check_model(&kvm, &supported, config, &seen.model())?;
-                (kvm, Some((vm, memory)), Some(seen), held, logs)
+                check_count(&kvm, config.cpus.get())?;
+                (kvm, Some(vm), memory, Some(seen), held, logs)
             }
-        };
-        check_count(&kvm, config.cpus.get())?;
-        let boots = made.is_none();
-        let (fd, contents) = match made {
-            Some((fd, contents)) => (Some(fd), contents),
-            None if small => (None, memory::allocate_for_little(&config.memory)?.into()),
-            None => (None, memory::allocate(&config.memory)?.into()),
         };
         let Contents { memory, filled, origin } = contents;
         let reclaimer = Arc::new(Reclaimer::new(&memory, &config.memory, origin));
         let window = Slots::window(places).map_err(BuildError::Window)?;
-        let setting = Setting {
-            made_of,
-            kvm: &kvm,
-            cpu_ids: &cpu_ids,
-            memory: &memory,
+        let setting = Arc::new(Setting {
+            ingredients,
+            kvm,
+            cpu_ids,
+            memory,
+            boots,
+            held,
             logs,
-            window: &window,
-            reclaimer: &reclaimer,
-            callbacks: &callbacks,
-        };
-        // In parallel: this thread has KVM create the virtual machine and its vCPUs, while the
-        // other one asks KVM for the CPU features, builds the devices and loads the kernel.
-        let (vm, devices) = thread::scope(|scope| {
-            let (to_vcpus, features) = mpsc::channel();
-            let (to_devices, created) = mpsc::channel();
-            let (setting, seen) = (&setting, seen.as_ref());
-            let devices =
-                scope.spawn(move || setting.devices(boots, held, seen, to_vcpus, created));
-            (setting.virtual_machine(fd, features, to_devices), devices.join())
+            seen,
+            window,
+            reclaimer,
+            callbacks,
         });
-        let devices = devices.map_err(|_| thread_panicked())?;
+        // In parallel: this thread has KVM create the virtual machine and its vCPUs, while another
+        // one asks KVM for the CPU features, builds the devices and loads the kernel.
+        let (to_vcpus, features) = mpsc::channel();
+        let (to_devices, created) = mpsc::channel();
+        let shared = setting.clone();
+        let helpers = &setting.callbacks.helpers;
+        let devices = helpers.run(move || shared.devices(to_vcpus, created));
+        let vm = setting.virtual_machine(fd, features, to_devices);
+        let devices = devices.wait().map_err(BuildError::Thread)?;
         let (vm, fds) = vm?;
         // It has no vCPUs if the other thread has failed.
         let Devices { io_threads, parts, boot } = devices?;
-        let vm = Arc::into_inner(vm).ok_or_else(thread_panicked)?;
+        let setting = Arc::into_inner(setting).ok_or_else(still_shared)?;
+        let Setting { ingredients, kvm, cpu_ids, memory, seen, reclaimer, callbacks, .. } = setting;
+        let Ingredients { config, occupied, .. } = ingredients;
+        let vm = Arc::into_inner(vm).ok_or_else(still_shared)?;
         if small {
             memory::populate(&memory, &config.memory)?;
         }
@@ -199,14 +219,14 @@ impl Machine {
             kvm,
             vcpu_factory,
             memory,
-            config: config.clone(),
+            config,
             cpu_ids,
             parked: None,
             running: false,
             rest: Rest::default(),
             chardevs,
             outputs,
-            backends: Backends::new(occupied, disks, nics),
+            backends: Backends::new(&occupied, disks, nics),
             balloon,
             generation,
             seen,
@@ -223,16 +243,22 @@ impl Machine {
     }
 }
 
-/// What the parts of a machine are made with.
-struct Setting<'a> {
-    made_of: &'a MadeOf<'a>,
-    kvm: &'a Kvm,
-    cpu_ids: &'a [u8],
-    memory: &'a Memory,
+/// What the parts of a machine are made with; two threads share it.
+struct Setting {
+    ingredients: Ingredients,
+    kvm: Kvm,
+    cpu_ids: Vec<u8>,
+    memory: Memory,
+    /// The guest boots.
+    boots: bool,
+    /// The machine takes its disks and taps at once.
+    held: bool,
     logs: bool,
-    window: &'a Arc<MmapRegion>,
-    reclaimer: &'a Arc<Reclaimer>,
-    callbacks: &'a Callbacks,
+    /// The CPU features that the guest has seen.
+    seen: Option<CpuFeatures>,
+    window: Arc<MmapRegion>,
+    reclaimer: Arc<Reclaimer>,
+    callbacks: Callbacks,
 }
 
 /// Everything of a machine that is not KVM's.
@@ -243,7 +269,7 @@ struct Devices {
     boot: Option<Entry>,
 }
 
-impl Setting<'_> {
+impl Setting {
     /// Create the virtual machine, or complete the empty one `fd`, and create its vCPUs when their
     /// `features` arrive; none if they never do. The virtual machine goes to `to_devices` as soon as
     /// devices can be bound to it.
@@ -253,32 +279,30 @@ impl Setting<'_> {
         features: mpsc::Receiver<CpuFeatures>,
         to_devices: mpsc::Sender<Arc<Vm>>,
     ) -> Result<(Arc<Vm>, Vec<VcpuFd>), KvmError> {
-        let fd = fd.map_or_else(|| kvm::create_vm(self.kvm), Ok)?;
-        let vm = Arc::new(Vm::new(self.kvm, fd, self.memory, self.window, self.logs)?);
+        let fd = fd.map_or_else(|| kvm::create_vm(&self.kvm), Ok)?;
+        let vm = Arc::new(Vm::new(&self.kvm, fd, &self.memory, &self.window, self.logs)?);
         // The thread waits for it, or has failed: its result shows that.
         let _ = to_devices.send(vm.clone());
-        let topology = &self.made_of.config.topology;
+        let topology = &self.ingredients.config.topology;
         let vcpus = match features.recv() {
-            Ok(features) => vm.create_vcpus(self.kvm, self.cpu_ids, topology, &features)?,
+            Ok(features) => vm.create_vcpus(&self.kvm, &self.cpu_ids, topology, &features)?,
             Err(mpsc::RecvError) => Vec::new(),
         };
         Ok((vm, vcpus))
     }
 
-    /// Build the devices, load the kernel if the guest `boots`, and bind the devices to the virtual
-    /// machine when it is `created`. First, the CPU features go to `to_vcpus`: those `seen`, or else
-    /// those of this host, which KVM takes long to report.
+    /// Build the devices, load the kernel if the guest boots, and bind the devices to the virtual
+    /// machine when it is `created`. First, the CPU features go to `to_vcpus`: those that the guest
+    /// has seen, or else those of this host, which KVM takes long to report.
     fn devices(
         &self,
-        boots: bool,
-        held: bool,
-        seen: Option<&CpuFeatures>,
         to_vcpus: mpsc::Sender<CpuFeatures>,
         created: mpsc::Receiver<Arc<Vm>>,
     ) -> Result<Devices, BuildError> {
-        let Setting { made_of, kvm, cpu_ids, memory, window, reclaimer, callbacks, .. } = *self;
-        let MadeOf { config, .. } = *made_of;
-        let features = match seen {
+        let Self { kvm, cpu_ids, memory, boots, held, window, reclaimer, callbacks, .. } = self;
+        let made_of = self.ingredients.made_of();
+        let MadeOf { config, .. } = made_of;
+        let features = match &self.seen {
             Some(features) => features.clone(),
             None => CpuFeatures::supported(kvm)?,
         };
@@ -286,9 +310,9 @@ impl Setting<'_> {
         let _ = to_vcpus.send(features);
         let io_threads =
             start_threads(&config.iothreads, &callbacks.start).map_err(BuildError::Thread)?;
-        let backing = Backing::Host { callbacks, held };
+        let backing = Backing::Host { callbacks, held: *held };
         let reclaim: Arc<dyn Reclaim> = reclaimer.clone();
-        let parts = Parts::new(made_of, backing, memory, &reclaim, window.clone(), &io_threads)?;
+        let parts = Parts::new(&made_of, backing, memory, &reclaim, window.clone(), &io_threads)?;
         let load = || BootPlan::new(config, &parts.slots, cpu_ids).load(memory, Reading::AtStart);
         let boot = boots.then(load).transpose()?;
         if let Ok(vm) = created.recv() {
@@ -299,8 +323,9 @@ impl Setting<'_> {
     }
 }
 
-fn thread_panicked() -> BuildError {
-    BuildError::Thread(io::Error::other("its thread has panicked"))
+/// The other thread drops what it shares before it reports, so this does not happen.
+fn still_shared() -> BuildError {
+    BuildError::Thread(io::Error::other("another thread has not ended its part"))
 }
 
 /// Whether kernel and initrd are each smaller than a huge page, and huge pages are not requested.
@@ -329,6 +354,27 @@ pub(crate) struct Parts {
 }
 
 /// What a machine is made from.
+struct Ingredients {
+    config: MachineConfig,
+    occupied: Occupancy,
+    places: Vec<Place>,
+}
+
+impl Ingredients {
+    fn made_of(&self) -> MadeOf<'_> {
+        let Self { config, occupied, places } = self;
+        MadeOf { config, occupied, places }
+    }
+}
+
+impl From<Description> for Ingredients {
+    fn from(description: Description) -> Self {
+        let Description { config, occupied, places, .. } = description;
+        Self { config, occupied, places }
+    }
+}
+
+/// The same, borrowed.
 #[derive(Clone, Copy)]
 pub(crate) struct MadeOf<'a> {
     pub config: &'a MachineConfig,

@@ -6,7 +6,7 @@ use std::sync::{
 
 use devices::threads::ThreadStart;
 
-use crate::vcpu::Stopped;
+use crate::{helpers::Helpers, vcpu::Stopped};
 
 /// Something that the machine cannot handle by itself.
 #[derive(Debug)]
@@ -62,11 +62,13 @@ pub struct Callbacks {
     /// What its threads do before they serve. If it fails, the thread ends and the machine is
     /// unusable.
     pub start: ThreadStart,
+    /// Threads that help to build it.
+    pub helpers: Helpers,
 }
 
 impl From<Report> for Callbacks {
-    /// Threads do nothing first.
+    /// Threads do nothing first, and there is one for each task.
     fn from(report: Report) -> Self {
-        Self { report, start: ThreadStart::default() }
+        Self { report, start: ThreadStart::default(), helpers: Helpers::default() }
     }
 }

@@ -29,7 +29,7 @@ pub const RETRY: Duration = Duration::from_millis(2);
 /// the save is given up after that.
 pub const DISK_COPY: Duration = Duration::from_secs(2);
 
-/// How long a command waits for the thread `files` while that is busy with another command's file.
+/// How long a command waits for the thread for files while that is busy with another command's file.
 pub const FILE: Duration = Duration::from_secs(1);
 /// How long a query waits for what only a file system knows; after that it is answered without.
 pub const FILE_QUESTION: Duration = Duration::from_millis(80);

@@ -90,7 +90,7 @@ enum Reload {
     Read(Box<Reloaded>),
 }
 
-/// A kernel that is being read, by the thread `kernel`.
+/// A kernel that is being read, by another thread.
 struct Reading {
     inbox: Receiver<Result<Reloaded, ReloadError>>,
     /// Starts and ends of calls that may wait for storage so far: odd during such a call.
@@ -266,7 +266,7 @@ impl Vmm {
         self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
     }
 
-    /// The kernel for a reset, which the thread `kernel` reads, as storage may make it wait.
+    /// The kernel for a reset, which another thread reads, as storage may make it wait.
     ///
     /// # Errors
     /// When it cannot be loaded, or has not been read yet: see [`Vmm::rest_timeouts`].
@@ -278,8 +278,8 @@ impl Vmm {
                 let (report, inbox) = channel();
                 let calls = Arc::<AtomicU64>::default();
                 let load = self.machine.reload(calls.clone());
-                // The monitor's end: nothing waits for it.
-                self.files.read_kernel(move || drop(report.send(load())));
+                // A thread that has gone never answers, and is reported as one that hangs.
+                let _ = self.storage.run(Box::new(move || drop(report.send(load()))));
                 Reading { inbox, calls, seen: (0, Instant::now()), waited_for: false }
             }
         };

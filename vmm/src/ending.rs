@@ -1,7 +1,7 @@
 //! The shutdown of the process, within [`bounds::SIGNAL`] whatever hangs.
 //!
 //! ```text
-//!   main thread                                           thread `end`
+//!   main thread                                           another thread
 //!   give up a save, stop the guest, leave its backup;
 //!   queries are answered until all are done, or hang
 //!   deliver SHUTDOWN, close the clients' sockets
@@ -10,11 +10,11 @@
 //!   ------------------------------------------------------> disks without requests in flight
 //!   _exit
 //! ```
-//! The main thread waits for `end`, but not beyond the bound. A thread that waits for hanging
+//! The main thread waits for that, but not beyond the bound. A thread that waits for hanging
 //! storage may keep the process from ending: what is left of it then is a process id that holds
 //! nothing but this storage.
 use std::{
-    sync::mpsc::{Receiver, Sender, channel},
+    sync::mpsc::channel,
     time::{Duration, Instant},
 };
 
@@ -25,6 +25,7 @@ use crate::{
     bounds, lifecycle, logging,
     pidfile::PidFile,
     terminal,
+    threads::Tasks,
     vmm::{Ending, Vmm},
 };
 
@@ -35,33 +36,25 @@ const LOG: Duration = Duration::from_millis(500);
 /// How long clients may take to read what is queued for them.
 const DELIVERY: Duration = Duration::from_secs(1);
 
-type Step = Box<dyn FnOnce() + Send>;
-
-/// The handle of the thread `end`, which does what may wait for storage.
-pub struct End {
-    steps: Sender<Step>,
-    done: Receiver<()>,
-}
+/// Does what may wait for storage at the end.
+pub struct End(Tasks);
 
 impl End {
-    /// The main thread's handle, and the body of the thread.
-    pub fn new() -> (Self, impl FnOnce() + Send + 'static) {
-        let (steps, inbox) = channel::<Step>();
-        let (report, done) = channel();
-        let release = move || {
-            while let Ok(step) = inbox.recv() {
-                step();
-                // The main thread may have stopped waiting for it.
-                let _ = report.send(());
-            }
-        };
-        (Self { steps, done }, release)
+    /// An end that is carried out by `tasks`.
+    pub fn new(tasks: Tasks) -> Self {
+        Self(tasks)
     }
 
-    /// Run `step` on the thread; whether it is over by `deadline`.
+    /// Have `step` done; whether it is over by `deadline`.
     fn within(&self, deadline: Instant, step: impl FnOnce() + Send + 'static) -> bool {
+        let (report, done) = channel();
+        let task = move || {
+            step();
+            // The main thread may have stopped waiting for it.
+            let _ = report.send(());
+        };
         let left = deadline.saturating_duration_since(Instant::now());
-        self.steps.send(Box::new(step)).is_ok() && self.done.recv_timeout(left).is_ok()
+        self.0.run(Box::new(task)).is_ok() && done.recv_timeout(left).is_ok()
     }
 }
 

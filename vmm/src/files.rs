@@ -1,5 +1,5 @@
-//! The thread `files`: it opens, resizes and closes the files that commands name, so that the main
-//! thread never waits for a file system.
+//! Opens, resizes and closes the files that commands name, on a thread for what may wait for
+//! storage, so that the main thread never waits for a file system.
 //!
 //! ```text
 //!   main thread                                   files
@@ -10,8 +10,8 @@
 //! commands are carried out in order, as QMP demands. Other clients' commands are carried out
 //! meanwhile, so what was checked before has to be checked again when the file is open.
 //!
-//! A second thread, `kernel`, reads the kernel for a reset: that needs no file that a command
-//! names, and must not wait for one that hangs.
+//! There is one job at a time, so that another thread is left for the rest: the kernel for a reset,
+//! which must not wait for a file that hangs, the disks of a replicated machine, and the end.
 //!
 //! One command's file may hang. Its own client waits for as long as it takes; the next command that
 //! needs the thread fails after [`bounds::FILE`], with the name of what hangs.
@@ -28,12 +28,10 @@ use qmp::{Error, server::Ticket};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{bounds, vmm::Vmm};
+use crate::{bounds, threads::Tasks, vmm::Vmm};
 
 type Finish = Box<dyn FnOnce(&mut Vmm) -> Result<Value, Error> + Send>;
 type Work = Box<dyn FnOnce() -> Finish + Send>;
-/// Reads a kernel.
-type Read = Box<dyn FnOnce() + Send>;
 
 /// Work on files that a command asks for.
 pub(crate) struct Job {
@@ -136,40 +134,22 @@ struct Running {
     begun: Instant,
 }
 
-/// The threads' handle, and the jobs that are still to be done.
+/// The jobs that are still to be done.
 pub struct Files {
-    tasks: Sender<Work>,
+    tasks: Tasks,
+    notify: Arc<dyn Fn() + Send + Sync>,
+    report: Sender<Finish>,
     results: Receiver<Finish>,
     running: Option<Running>,
     /// Kept here, so that a job that fails because it has waited too long is not done later.
     queue: VecDeque<Entry>,
-    kernel: Sender<Read>,
 }
 
 impl Files {
-    /// The handle, and the bodies of both threads: `files` and `kernel`. `notify` is called after
-    /// each job; it must not block.
-    pub fn new(
-        notify: Arc<dyn Fn() + Send + Sync>,
-    ) -> (Self, impl FnOnce() + Send + 'static, impl FnOnce() + Send + 'static) {
-        let (tasks, inbox) = channel::<Work>();
+    /// Jobs to be done by `tasks`. `notify` is called after each job; it must not block.
+    pub fn new(tasks: Tasks, notify: Arc<dyn Fn() + Send + Sync>) -> Self {
         let (report, results) = channel();
-        let serve = move || {
-            while let Ok(work) = inbox.recv() {
-                // The monitor is ending: the result is not waited for.
-                let _ = report.send(work());
-                notify();
-            }
-        };
-        let (kernel, kernels) = channel::<Read>();
-        let read = move || kernels.iter().for_each(|read| read());
-        (Self { tasks, results, running: None, queue: VecDeque::new(), kernel }, serve, read)
-    }
-
-    /// Run `read` on the thread `kernel`.
-    pub(crate) fn read_kernel(&self, read: impl FnOnce() + Send + 'static) {
-        // A thread that has gone never answers, and is reported as one that hangs.
-        let _ = self.kernel.send(Box::new(read));
+        Self { tasks, notify, report, results, running: None, queue: VecDeque::new() }
     }
 
     /// Check that no job is about the device or back-end `name`.
@@ -211,8 +191,13 @@ impl Files {
         {
             let nothing: Work = Box::new(|| Box::new(|_| Ok(Value::Null)));
             let work = std::mem::replace(&mut entry.job.work, nothing);
+            let (report, notify) = (self.report.clone(), self.notify.clone());
             // A thread that has gone never answers, and is reported as one that hangs.
-            let _ = self.tasks.send(work);
+            let _ = self.tasks.run(Box::new(move || {
+                // The monitor is ending: the result is not waited for.
+                let _ = report.send(work());
+                notify();
+            }));
             self.running = Some(Running { entry, begun: Instant::now() });
         }
     }

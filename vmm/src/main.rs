@@ -111,7 +111,8 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
             let start = confinement.thread_start();
-            let built = Machine::new(config, Callbacks { report: events.report(), start });
+            let helpers = threads.helpers();
+            let built = Machine::new(config, Callbacks { report: events.report(), start, helpers });
             confinement.check()?;
             let machine = built.map_err(|e| explain(places, preflight(config, e), config))?;
             if !machine::arch::has_hardware_virtualization() {
@@ -125,7 +126,8 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
         Some(incoming) => {
             let (report, notify) = (events.report(), events.notify());
             let flags = &invocation.machine;
-            let arrival = Arrival::begin(incoming, flags, report, notify, &confinement)
+            let helpers = threads.helpers();
+            let arrival = Arrival::begin(incoming, flags, report, notify, &confinement, helpers)
                 .map_err(RestoreError::from)?;
             let patient = matches!(incoming.source, Source::Directory { .. });
             let arriving = Arriving::new(bind(&events)?, arrival, invocation.paused, patient);
@@ -162,7 +164,7 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
         signals::memory_is(path);
     }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
-    let Threads { checkpointer, files, disks, end } = threads.finish()?;
+    let Threads { checkpointer, files, storage, end } = threads.finish()?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
         (true, _) => Spawner::AtNeed,
         (false, true) => {
@@ -172,7 +174,7 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
     };
     confinement.finish()?;
     let mut vmm =
-        Vmm::new(machine, servers, invocation.actions, checkpointer, files, disks, spawner);
+        Vmm::new(machine, servers, invocation.actions, checkpointer, files, storage, spawner);
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }

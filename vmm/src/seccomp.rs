@@ -71,14 +71,10 @@ pub enum Kind {
     Writer,
     /// `checkpoint`: saves.
     Checkpoint,
-    /// `files`: opens and closes what commands name.
+    /// `files0` and `files1`: what may wait for storage.
     Files,
-    /// `disks`: reads the disks of a replicated machine, or writes a backup's.
+    /// `disks`: writes the disks of a backup.
     Disks,
-    /// `kernel`: reads the kernel for a reset.
-    Kernel,
-    /// `end`: releases at the end what may wait for storage.
-    End,
     /// `faults` and `prefetch`: fill restored memory.
     Memory,
     /// `stream`: reads what a peer sends. It may read, write to memory that it has, and report; it
@@ -237,8 +233,6 @@ fn program(kind: Kind, spawn: bool) -> &'static [sock_filter] {
         Kind::Checkpoint => compiled!(Kind::Checkpoint, false),
         Kind::Files => compiled!(Kind::Files, false),
         Kind::Disks => compiled!(Kind::Disks, false),
-        Kind::Kernel => compiled!(Kind::Kernel, false),
-        Kind::End => compiled!(Kind::End, false),
         Kind::Memory => compiled!(Kind::Memory, false),
         Kind::Stream => compiled!(Kind::Stream, false),
     }
@@ -326,7 +320,7 @@ mod tests {
     use super::*;
 
     /// All kinds of threads.
-    const KINDS: [Kind; 11] = [
+    const KINDS: [Kind; 9] = [
         Kind::Main,
         Kind::Vcpu,
         Kind::Io,
@@ -334,8 +328,6 @@ mod tests {
         Kind::Checkpoint,
         Kind::Files,
         Kind::Disks,
-        Kind::Kernel,
-        Kind::End,
         Kind::Memory,
         Kind::Stream,
     ];

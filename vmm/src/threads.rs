@@ -1,15 +1,19 @@
 //! The threads beside the main one that exist whatever the machine is. They start while it is
-//! built: the main thread starts one thread, which starts the rest before it confines itself.
+//! built: the main thread starts one thread, which starts the rest. Until the machine is complete
+//! they help to build it; then they confine themselves, and serve.
 use std::{
+    collections::VecDeque,
     io,
     sync::{
         Arc,
-        mpsc::{Receiver, Sender, channel},
+        mpsc::{Receiver, channel},
     },
     thread::Builder,
 };
 
 use anyhow::Context;
+use machine::Helpers;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
     checkpoint::job::{Checkpointer, Task},
@@ -18,22 +22,53 @@ use crate::{
     seccomp::{Confinement, Kind},
 };
 
-/// Gives a thread something to do, one task after another.
-pub struct Tasks(Sender<Task>);
+/// Threads for what may wait for storage. There are two: whatever hangs, one of them is left for
+/// the end of the monitor, or for a reset.
+const FILES: [&str; 2] = ["files0", "files1"];
+
+/// Gives threads something to do. Clones share the threads; each task is done by the first that
+/// has nothing to do.
+#[derive(Clone)]
+pub struct Tasks(Arc<Queue>);
+
+struct Queue {
+    /// `None` once it is closed. Never locked while a task is done.
+    tasks: Mutex<Option<VecDeque<Task>>>,
+    changed: Condvar,
+}
 
 impl Tasks {
-    /// The handle, and the body of the thread.
-    fn new() -> (Self, impl FnOnce() + Send + 'static) {
-        let (tasks, inbox) = channel::<Task>();
-        (Self(tasks), move || inbox.iter().for_each(|task| task()))
+    fn new() -> Self {
+        let tasks = Mutex::new(Some(VecDeque::new()));
+        Self(Arc::new(Queue { tasks, changed: Condvar::new() }))
     }
 
-    /// Have the thread do `task`.
+    /// Have a thread do `task`.
     ///
     /// # Errors
-    /// When the thread has gone.
+    /// When the threads do something else now.
     pub fn run(&self, task: Task) -> io::Result<()> {
-        self.0.send(task).map_err(|_| io::Error::other("its thread has ended"))
+        let closed = || io::Error::other("its threads do something else now");
+        self.0.tasks.lock().as_mut().ok_or_else(closed)?.push_back(task);
+        self.0.changed.notify_one();
+        Ok(())
+    }
+
+    /// The threads do not wait for tasks any more.
+    fn close(&self) {
+        *self.0.tasks.lock() = None;
+        self.0.changed.notify_all();
+    }
+
+    /// Do tasks, until they are closed.
+    fn serve(&self) {
+        let mut queue = self.0.tasks.lock();
+        while let Some(tasks) = &mut *queue {
+            match tasks.pop_front() {
+                Some(task) => MutexGuard::unlocked(&mut queue, task),
+                None => self.0.changed.wait(&mut queue),
+            }
+        }
     }
 }
 
@@ -43,8 +78,8 @@ pub struct Threads {
     pub checkpointer: Checkpointer,
     /// Opens files.
     pub files: Files,
-    /// Reads the disks of a replicated machine, and writes their sidecars.
-    pub disks: Tasks,
+    /// Does what may wait for storage.
+    pub storage: Tasks,
     /// Releases what may hang.
     pub end: End,
 }
@@ -52,9 +87,10 @@ pub struct Threads {
 /// Threads that are being started.
 pub struct Starting {
     checkpointer: Checkpointer,
-    files: Files,
-    disks: Tasks,
-    end: End,
+    storage: Tasks,
+    notify: Arc<dyn Fn() + Send + Sync>,
+    /// What they do before they serve; closed when they are to serve.
+    setup: Tasks,
     started: Receiver<io::Result<()>>,
 }
 
@@ -69,54 +105,54 @@ impl Starting {
         confinement: &Confinement,
     ) -> io::Result<Self> {
         let (checkpointer, save) = Checkpointer::new(notify.clone());
-        let (files, serve, read) = Files::new(notify.clone());
-        let (disks, tasks) = Tasks::new();
-        let (end, release) = End::new();
+        let (storage, setup) = (Tasks::new(), Tasks::new());
+        let (serve, help) = (storage.clone(), setup.clone());
         let (report, started) = channel();
-        let confined = confinement.clone();
-        let start_others = move || -> io::Result<()> {
-            start(&confined, Kind::Files, "files", 128 << 10, serve)?;
-            start(&confined, Kind::Kernel, "kernel", 128 << 10, read)?;
-            start(&confined, Kind::Disks, "disks", 256 << 10, tasks)?;
-            start(&confined, Kind::End, "end", 64 << 10, release)
-        };
         let first_step = confinement.first_step(Kind::Checkpoint, "checkpoint");
-        Builder::new().name("checkpoint".into()).stack_size(256 << 10).spawn(move || {
+        let others = FILES.map(|name| (name, confinement.first_step(Kind::Files, name)));
+        Builder::new().name("checkpoint".into()).spawn(move || {
+            let start_others = || {
+                others.into_iter().try_for_each(|(name, first_step)| {
+                    let (help, serve) = (help.clone(), serve.clone());
+                    let run = move || {
+                        help.serve();
+                        if first_step().is_ok() {
+                            serve.serve();
+                        }
+                    };
+                    Builder::new().name(name.into()).spawn(run).map(drop)
+                })
+            };
             // The receiver is gone only if the process is ending.
             let _ = report.send(start_others());
             drop(report);
+            help.serve();
             if first_step().is_ok() {
                 save();
             }
         })?;
-        Ok(Self { checkpointer, files, disks, end, started })
+        Ok(Self { checkpointer, storage, notify: notify.clone(), setup, started })
     }
 
-    /// Wait until all have started.
+    /// The threads, as long as they do not serve.
+    pub fn helpers(&self) -> Helpers {
+        let setup = self.setup.clone();
+        Helpers::new(move |task| {
+            // A task that comes too late is dropped, which its sender notices.
+            let _ = setup.run(task);
+        })
+    }
+
+    /// Let them serve, once the machine is complete.
     ///
     /// # Errors
     /// When the host has no thread to give.
     pub fn finish(self) -> anyhow::Result<Threads> {
-        let Self { checkpointer, files, disks, end, started } = self;
+        let Self { checkpointer, storage, notify, setup, started } = self;
+        setup.close();
         let started = started.recv().context("a thread ended before it was ready")?;
         started.context("cannot start a thread")?;
-        Ok(Threads { checkpointer, files, disks, end })
+        let (files, end) = (Files::new(storage.clone(), notify), End::new(storage.clone()));
+        Ok(Threads { checkpointer, files, storage, end })
     }
-}
-
-/// Start a thread that confines itself and then serves.
-fn start(
-    confinement: &Confinement,
-    kind: Kind,
-    name: &str,
-    stack: usize,
-    serve: impl FnOnce() + Send + 'static,
-) -> io::Result<()> {
-    let first_step = confinement.first_step(kind, name);
-    let run = move || {
-        if first_step().is_ok() {
-            serve();
-        }
-    };
-    Builder::new().name(name.into()).stack_size(stack).spawn(run).map(drop)
 }

@@ -43,7 +43,8 @@ pub struct Vmm {
     pub(crate) announcing: Option<Announcing>,
     pub(crate) balloon: BalloonEvents,
     pub(crate) files: Files,
-    pub(crate) disks: Tasks,
+    /// Does what may wait for storage.
+    pub(crate) storage: Tasks,
     pub(crate) spawner: Spawner,
     /// Events of the machine that came while its state was being saved, or an operation was
     /// deferred.
@@ -92,7 +93,7 @@ impl Vmm {
         actions: Actions,
         checkpointer: Checkpointer,
         files: Files,
-        disks: Tasks,
+        storage: Tasks,
         spawner: Spawner,
     ) -> Self {
         Self {
@@ -107,7 +108,7 @@ impl Vmm {
             announcing: None,
             balloon: BalloonEvents::default(),
             files,
-            disks,
+            storage,
             spawner,
             late: Vec::new(),
             deferrals: Deferrals::default(),

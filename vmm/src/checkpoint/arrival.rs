@@ -22,15 +22,15 @@ use std::{
         Arc,
         mpsc::{Receiver, Sender, channel},
     },
-    thread::{self, Builder, JoinHandle},
-    time::{Duration, Instant},
+    thread::{self, Builder},
+    time::Duration,
 };
 
 use config::{
     Description,
     incoming::{Incoming, Replica, Source},
 };
-use machine::{Machine, Memory, Refused, Report, kvm::opening::Opening};
+use machine::{Helpers, Machine, Memory, Pending, Refused, Report, kvm::opening::Opening};
 use state::{
     Frames,
     cpu::Cpu,
@@ -75,7 +75,8 @@ pub struct Arrival {
     steps: Receiver<Step>,
     cancel: Cancel,
     progress: Arc<Progress>,
-    thread: Option<JoinHandle<()>>,
+    /// Its thread has released what it holds.
+    over: Option<Pending<()>>,
     /// Where it is a backup.
     replica: Option<Shared>,
     /// The command that the stream comes from, if one was started.
@@ -84,8 +85,8 @@ pub struct Arrival {
 
 impl Arrival {
     /// Begin to take in the machine that `incoming` names, with the disks, NICs and character
-    /// devices of `flags` in place of its own. `notify` is called after each step; the threads are
-    /// confined by `confinement`.
+    /// devices of `flags` in place of its own, on one of the `helpers`. `notify` is called after each
+    /// step; the machine's threads are confined by `confinement`.
     ///
     /// # Errors
     /// When there is no stream or directory to read from.
@@ -95,11 +96,12 @@ impl Arrival {
         report: Report,
         notify: Arc<dyn Fn() + Send + Sync>,
         confinement: &Confinement,
+        helpers: Helpers,
     ) -> Result<Self, IncomingError> {
         let (report_step, steps) = channel();
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
-        let assembly = Assembly::new(incoming, flags, report, confinement.clone());
+        let assembly = Assembly::new(incoming, flags, report, confinement.clone(), helpers.clone());
         let tell = move |step| {
             // If the main thread no longer receives, the process is ending.
             let _ = report_step.send(step);
@@ -113,7 +115,7 @@ impl Arrival {
         let (mut child, mut replica) = (None, None);
         let task: Box<dyn FnOnce() + Send> = match &incoming.source {
             Source::Directory { path, mapping, disks } => {
-                let opening = Opening::begin()?;
+                let opening = assembly.open_kvm();
                 let (path, mapping, place) = (path.clone(), *mapping, disks.clone());
                 let progress = progress.clone();
                 Box::new(move || {
@@ -146,7 +148,7 @@ impl Arrival {
                 })
             }
             Source::Stream(stream) => {
-                let opening = Opening::begin()?;
+                let opening = assembly.open_kvm();
                 let door;
                 (door, child) = Door::open(stream)?;
                 let (cancel, progress) = (cancel.clone(), progress.clone());
@@ -163,8 +165,8 @@ impl Arrival {
                 })
             }
         };
-        let thread = Some(Builder::new().name("incoming".into()).spawn(task)?);
-        Ok(Self { steps, cancel, progress, thread, replica, child })
+        let over = Some(helpers.run(task));
+        Ok(Self { steps, cancel, progress, over, replica, child })
     }
 
     /// Its progress.
@@ -191,15 +193,8 @@ impl Arrival {
 
     /// Wait, once it is over, until the thread has released what it holds, unless it hangs.
     pub fn finish(mut self) {
-        let deadline = Instant::now() + HANG_LIMIT;
-        let left = || deadline.saturating_duration_since(Instant::now());
-        let ends = |thread: &JoinHandle<()>| loop {
-            if thread.is_finished() || self.steps.recv_timeout(left()).is_err() {
-                break thread.is_finished() || left() > Duration::ZERO;
-            }
-        };
-        if let Some(thread) = self.thread.take().filter(ends) {
-            let _ = thread.join();
+        if let Some(over) = self.over.take() {
+            over.wait_for_end(HANG_LIMIT);
         }
     }
 }

@@ -7,7 +7,8 @@ use config::{
     incoming::{Incoming, Mapping, Overrides},
 };
 use machine::{
-    Callbacks, Machine, Memory, Report, RunError, check_cpu, check_spots, check_taps, dry_restore,
+    Callbacks, Helpers, Machine, Memory, Report, RunError, check_cpu, check_spots, check_taps,
+    dry_restore,
     kvm::opening::Opening,
     memory::{self, origin::Contents},
 };
@@ -43,6 +44,7 @@ pub struct Assembly {
     clock_realtime: bool,
     report: Report,
     confinement: Confinement,
+    helpers: Helpers,
 }
 
 /// When a machine takes its disks and taps.
@@ -69,15 +71,22 @@ struct Parts {
 
 impl Assembly {
     /// An assembly as `incoming` specifies, with the disks, NICs and character devices of `flags`
-    /// in place of the machine's own. The machine's threads are confined by `confinement`.
+    /// in place of the machine's own. The machine's threads are confined by `confinement`, and
+    /// `helpers` help to build it.
     pub fn new(
         incoming: &Incoming,
         flags: &MachineConfig,
         report: Report,
         confinement: Confinement,
+        helpers: Helpers,
     ) -> Self {
         let (overrides, clock_realtime) = (incoming.overrides.clone(), incoming.clock_realtime);
-        Self { overrides, flags: flags.clone(), clock_realtime, report, confinement }
+        Self { overrides, flags: flags.clone(), clock_realtime, report, confinement, helpers }
+    }
+
+    /// Begin to open KVM for it.
+    pub fn open_kvm(&self) -> Opening {
+        Opening::begin(&self.helpers)
     }
 
     /// Apply the overrides of the command line to `to`.
@@ -198,7 +207,8 @@ impl Assembly {
         let (held, undo) = (taking == Taking::AtOnce, taking == Taking::OrNot);
         let saved = machine::Saved { restorable, opening, memory, clock_realtime, held, undo };
         let (report, start) = (self.report.clone(), self.confinement.thread_start());
-        let machine = Machine::restored(saved, Callbacks { report, start })?;
+        let helpers = self.helpers.clone();
+        let machine = Machine::restored(saved, Callbacks { report, start, helpers })?;
         children.keep();
         Ok((machine, config.halted.map(Halt::from)))
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use config::Description;
-use machine::{Machine, Memory, Refused, Tsc, check_tsc, kvm::opening::Opening};
+use machine::{Machine, Memory, Refused, Tsc, check_tsc};
 use parking_lot::Mutex;
 use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
 use replication::Incarnation;
@@ -162,10 +162,7 @@ impl Host {
                         let _ = answer.send(forgotten);
                     }
                     Ask::Build(received) => {
-                        let opening = Opening::begin().map_err(IncomingError::Wait);
-                        let built = opening
-                            .map_err(RestoreError::from)
-                            .and_then(|opening| assembly.replica(*received, opening));
+                        let built = assembly.replica(*received, assembly.open_kvm());
                         let _ =
                             answer.send(built.map(|new| machine = Some(new)).map_err(|e| text(&e)));
                     }

@@ -368,7 +368,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// Have the thread `disks` read the disks, if there are any: two handles of it.
+    /// Have another thread read the disks, if there are any: two handles of it.
     fn disks_thread(
         &self,
         lineage: Lineage,
@@ -381,7 +381,7 @@ impl Vmm {
         }
         let disks = Arc::new(Disks::new(disks));
         let (handle, run) = copier::new(disks, lineage, arbiter, orders.clone());
-        self.disks.run(Box::new(run)).map_err(|e| Error::generic(&e))?;
+        self.storage.run(Box::new(run)).map_err(|e| Error::generic(&e))?;
         Ok(Some((handle.clone(), handle)))
     }
 

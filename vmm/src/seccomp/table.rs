@@ -47,10 +47,9 @@ enum Allowed {
 }
 
 /// Every thread.
-const ALL: &[Kind] =
-    &[Main, Vcpu, Io, Writer, Checkpoint, Files, Disks, Kernel, End, Memory, Stream];
+const ALL: &[Kind] = &[Main, Vcpu, Io, Writer, Checkpoint, Files, Disks, Memory, Stream];
 /// Threads that open files of the host by their names.
-const OPENS: &[Kind] = &[Main, Checkpoint, Files, Disks, Kernel, End];
+const OPENS: &[Kind] = &[Main, Checkpoint, Files, Disks];
 /// Threads that create devices or parts of them: to plug them, to set them up for a driver, or to
 /// check whether a state can be restored.
 const MAKES: &[Kind] = &[Main, Vcpu, Checkpoint, Files, Disks];
@@ -89,19 +88,18 @@ const CALLS: &[Group] = &[
     // Files: disks, the kernel on reset, saves. `open`, `stat`, `lstat` are musl's.
     Group { kinds: OPENS, calls: &[SYS_openat, SYS_open, SYS_fstat, SYS_fstatfs, SYS_lseek] },
     // Which process holds a file; which descriptors to close at the end; where a save is.
-    Group { kinds: &[Main, Checkpoint, Files, Disks, End], calls: &[SYS_readlink, SYS_getdents64] },
+    Group { kinds: OPENS, calls: &[SYS_readlink, SYS_getdents64] },
     Group { kinds: &[Main, Memory], calls: &[SYS_nanosleep, SYS_clock_nanosleep] },
     // The generation of a disk's image.
     Group {
         kinds: &[Io, Checkpoint, Files, Disks],
         calls: &[SYS_fgetxattr, SYS_fsetxattr, SYS_fsync],
     },
-    Group { kinds: &[Checkpoint, Files, Disks], calls: &[SYS_ftruncate] },
-    Group { kinds: &[Checkpoint, Disks], calls: &[SYS_pwrite64] },
+    Group { kinds: &[Checkpoint, Files, Disks], calls: &[SYS_ftruncate, SYS_pwrite64] },
     // The sidecar of a disk that is to be plugged, or is replicated.
     Group { kinds: &[Files, Disks], calls: &[SYS_flock, SYS_getcwd] },
-    // Sidecars, images and journal of a backup.
-    Group { kinds: &[Disks], calls: &[SYS_fdatasync, SYS_fallocate, SYS_linkat, SYS_unlink] },
+    // Sidecars, and images and journal of a backup.
+    Group { kinds: &[Files, Disks], calls: &[SYS_fdatasync, SYS_fallocate, SYS_linkat] },
     // Disks and taps.
     Group {
         kinds: &[Io],
@@ -128,12 +126,12 @@ const CALLS: &[Group] = &[
     },
     // An I/O thread may be the last owner of a console's socket, and removes its name.
     Group {
-        kinds: &[Main, Io, Checkpoint, Files, Disks, Kernel, End],
+        kinds: &[Main, Io, Checkpoint, Files, Disks],
         calls: &[SYS_statx, SYS_newfstatat, SYS_stat, SYS_lstat],
     },
-    Group { kinds: &[Main, Io, Checkpoint, End], calls: &[SYS_unlink] },
+    Group { kinds: &[Main, Io, Checkpoint, Files, Disks], calls: &[SYS_unlink] },
     // Descriptors released at the end; standard output when in the background.
-    Group { kinds: &[Main, End], calls: &[SYS_dup2] },
+    Group { kinds: &[Main, Files], calls: &[SYS_dup2] },
     Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_epoll_wait, SYS_epoll_pwait] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Disks], calls: &[SYS_epoll_ctl] },
     Group { kinds: MAKES, calls: &[SYS_epoll_create1, SYS_eventfd2, SYS_timerfd_create] },
@@ -175,7 +173,7 @@ const LIMITED: &[Limited] = &[
     limited(if cfg!(debug_assertions) { ALL } else { &[] }, SYS_fcntl, &[F_GETFD as u32]),
     limited(&[Main, Vcpu, Io, Checkpoint, Files, Disks], SYS_fcntl, &[F_DUPFD_CLOEXEC as u32]),
     limited(
-        &[Main, Io, Checkpoint, Files, Disks, End],
+        &[Main, Io, Checkpoint, Files, Disks],
         SYS_fcntl,
         &[
             F_GETFD as u32,

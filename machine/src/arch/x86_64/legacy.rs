@@ -169,7 +169,7 @@ impl Outside {
 
 /// Open a character back-end.
 pub(crate) fn open(backend: &CharBackend, callbacks: &Callbacks) -> Result<Char, CharError> {
-    let Callbacks { report, start } = callbacks;
+    let Callbacks { report, start, .. } = callbacks;
     match backend {
         CharBackend::Stdio => {
             let report = report.clone();
