@@ -9,7 +9,7 @@ use std::{
     fs::OpenOptions,
     io::{self, Read, Write},
     os::unix::process::CommandExt,
-    process::{Command, ExitCode, Stdio},
+    process::{Command, Stdio},
 };
 
 /// Set in the environment of the background process.
@@ -17,8 +17,8 @@ pub(crate) const MARK: &str = "STRATOVIRT_DAEMON";
 
 /// Which of the two processes this is.
 pub enum Side {
-    /// The process that was started: it only waits, and exits with this.
-    Starter(ExitCode),
+    /// The process that was started: it only waits, and exits with this status.
+    Starter(u8),
     /// The process that continues in the background.
     Daemon(Ready),
 }
@@ -49,11 +49,11 @@ pub fn split() -> io::Result<Side> {
         stdout.read_to_end(&mut word)?;
     }
     if word == b"ready" {
-        return Ok(Side::Starter(ExitCode::SUCCESS));
+        return Ok(Side::Starter(0));
     }
     let status = child.wait()?;
     let code = status.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(1);
-    Ok(Side::Starter(ExitCode::from(code.max(1))))
+    Ok(Side::Starter(code.max(1)))
 }
 
 impl Ready {

@@ -1,11 +1,12 @@
 //! `stratovirt`: one process, one lightweight virtual machine, controlled over QMP.
 #![forbid(unsafe_code)]
+// Only glibc passes the arguments to programs without the standard library's entry point.
+#![cfg_attr(all(target_env = "gnu", not(debug_assertions), not(test)), no_main)]
 use std::{
     env,
     fmt::Display,
     io::{self, Write},
     path::Path,
-    process::ExitCode,
 };
 
 use anyhow::Context;
@@ -37,10 +38,23 @@ use vmm::{
     vmm::{Ending, Vmm},
 };
 
-fn main() -> ExitCode {
+/// Exit statuses.
+const SUCCESS: u8 = 0;
+const FAILURE: u8 = 1;
+
+#[cfg(all(target_env = "gnu", not(debug_assertions), not(test)))]
+machine::entry_point!(start);
+
+#[cfg(not(all(target_env = "gnu", not(debug_assertions), not(test))))]
+fn main() -> std::process::ExitCode {
+    start().into()
+}
+
+/// Run as the command line says; returns the exit status.
+fn start() -> u8 {
     own::share_heap();
     if spawner::is_this() {
-        return if spawner::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        return if spawner::serve().is_ok() { SUCCESS } else { FAILURE };
     }
     let mut ready = None;
     if cli::daemonizes(env::args_os().skip(1)) {
@@ -55,7 +69,7 @@ fn main() -> ExitCode {
         Ok(Action::PrintHelp(text) | Action::PrintVersion(text)) => {
             // A reader that has closed its end does not want more.
             let _ = writeln!(io::stdout(), "{}", text.trim_end());
-            return ExitCode::SUCCESS;
+            return SUCCESS;
         }
         Err(problems) => return fails(problems),
     };
@@ -71,12 +85,12 @@ fn main() -> ExitCode {
 }
 
 /// Print the error to standard error, if that is still open.
-fn fails(why: impl Display) -> ExitCode {
+fn fails(why: impl Display) -> u8 {
     let _ = writeln!(io::stderr(), "{why}");
-    ExitCode::FAILURE
+    FAILURE
 }
 
-fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<ExitCode> {
+fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<u8> {
     let file = match &invocation.log {
         Log::File(path) => Some(path.as_path()),
         Log::Off | Log::Stderr => None,
@@ -95,7 +109,7 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
 
     if invocation.no_machine {
         bare::run(&invocation.control, ready)?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(SUCCESS);
     }
     signals::handle_those_of_files().context("cannot handle SIGBUS")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
@@ -148,7 +162,7 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
                 }
                 Over::Ended(ending) => {
                     last_event(servers, ending);
-                    return Ok(ExitCode::from(ending.status));
+                    return Ok(ending.status);
                 }
                 Over::Failed(error) => {
                     let reason = ShutdownCause::HostError;
@@ -204,7 +218,7 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
     events.answer(&mut vmm, waiting);
     let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
     vmm.shut_down(ending, &end, pidfile);
-    Ok(ExitCode::from(ending.status))
+    Ok(ending.status)
 }
 
 /// Send SHUTDOWN to all clients of a monitor that ends without ever having had a machine.
