@@ -107,6 +107,9 @@ impl Kick for kick::Kicker {
 #[must_use = "a request is done when its answer arrives"]
 pub struct Answer<T>(Receiver<T>);
 
+/// The pending registers of a vCPU.
+pub type Registers<C> = Answer<Result<<C as Cpu>::State, <C as Cpu>::Error>>;
+
 impl<T> Answer<T> {
     /// Wait for it.
     ///
@@ -231,7 +234,7 @@ impl<C: Cpu> Handle<C> {
         answer
     }
     /// As [`Handle::park`], and request its registers then.
-    pub fn park_and_save(&self) -> (Answer<()>, Answer<Result<C::State, C::Error>>) {
+    pub fn park_and_save(&self) -> (Answer<()>, Registers<C>) {
         let (state, registers) = channel();
         let answer = self.ask(|reply| Request::Park(reply, Some(state)));
         self.kick();
@@ -247,7 +250,7 @@ impl<C: Cpu> Handle<C> {
         let _ = self.requests.send(Request::Resume(ticks));
     }
     /// Request the registers of a parked vCPU.
-    pub fn save(&self) -> Answer<Result<C::State, C::Error>> {
+    pub fn save(&self) -> Registers<C> {
         self.ask(Request::Save)
     }
     /// Have the thread of a parked vCPU do `job`.
