@@ -1,7 +1,7 @@
 //! `stratovirt`: one process, one lightweight virtual machine, controlled over QMP.
 #![forbid(unsafe_code)]
 // Only glibc passes the arguments to programs without the standard library's entry point.
-#![cfg_attr(all(target_env = "gnu", not(debug_assertions), not(test)), no_main)]
+#![cfg_attr(all(target_env = "gnu", not(test)), no_main)]
 use std::{
     env,
     fmt::Display,
@@ -42,10 +42,10 @@ use vmm::{
 const SUCCESS: u8 = 0;
 const FAILURE: u8 = 1;
 
-#[cfg(all(target_env = "gnu", not(debug_assertions), not(test)))]
+#[cfg(all(target_env = "gnu", not(test)))]
 machine::entry_point!(start);
 
-#[cfg(not(all(target_env = "gnu", not(debug_assertions), not(test))))]
+#[cfg(not(all(target_env = "gnu", not(test))))]
 fn main() -> std::process::ExitCode {
     start().into()
 }
