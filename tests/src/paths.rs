@@ -43,6 +43,18 @@ impl Paths {
         Ok(Self { cache: path(CACHE)?, scratch: path(SCRATCH)?, stratovirt: path(BINARY)? })
     }
 
+    /// Those of [`Self::from_env`] in a process that was given them, otherwise those of
+    /// [`Self::on_this_machine`].
+    ///
+    /// # Errors
+    /// As these.
+    pub fn of_this_host() -> Result<Self> {
+        match env::var_os(SCRATCH) {
+            Some(_) => Self::from_env(),
+            None => Self::on_this_machine(),
+        }
+    }
+
     /// The places on the user's machine, made if missing. Does not look for the monitor.
     ///
     /// # Errors

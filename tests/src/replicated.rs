@@ -6,6 +6,7 @@ pub mod chain;
 pub mod client;
 pub mod counter;
 pub mod dialer;
+pub mod etcd;
 pub mod machine;
 pub mod pair;
 pub mod probe;

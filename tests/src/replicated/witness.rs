@@ -7,6 +7,9 @@ use serde_json::{Map, Value, json};
 
 use crate::lab::hosts::Side;
 
+/// A witness that is a shell script, with its records in a directory beside it.
+pub const SCRIPT: &str = include_str!("witness.sh");
+
 /// The records of all terms, and who reaches them.
 #[derive(Debug, Default)]
 pub struct Witness(Mutex<State>);

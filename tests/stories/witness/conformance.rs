@@ -9,63 +9,11 @@ use fastrand::Rng;
 use replication::{
     Answer, Incarnation, Lineage, Party, Question, Settled, Side, Term, Witness, Word,
 };
+use stories::replicated::etcd::{Cluster, in_memory};
+use stories::replicated::witness;
 use stories::seed;
 
-use crate::etcd::Cluster;
-use crate::rig::{Asker, in_memory};
-
-/// A witness of the user's: records are files, made with link(2) like those of `dir:`, by a shell.
-const SCRIPT: &str = r#"#!/bin/sh
-dir=${0%/*}/records
-mkdir -p "$dir"
-verb=$1 lineage=$2 term=$3
-file=$dir/$lineage.$term
-
-# Makes a file with a text, unless there is one.
-make() {
-    new=$(mktemp "$dir/new.XXXXXX")
-    printf %s "$2" >"$new"
-    ln "$new" "$1" 2>/dev/null
-    rm "$new"
-}
-
-later() {
-    for known in "$dir/$lineage".*; do
-        known=${known##*.}
-        case $known in '' | *[!0-9]*) continue ;; esac
-        [ "$known" -gt "$term" ] && return 0
-    done
-    return 1
-}
-
-show() {
-    if [ -e "$file" ]; then
-        printf '%s%s}\n' "$(cat "$file")" "$(cat "$file.next" 2>/dev/null)"
-    elif later; then
-        echo superseded
-    else
-        echo open
-    fi
-}
-
-case $verb in
-identify) echo exec:test ;;
-look) show ;;
-claim)
-    [ -e "$file" ] || later ||
-        make "$file" "{\"word\":\"$4\",\"side\":\"$5\",\"incarnation\":\"$6\""
-    show
-    grep -q "\"incarnation\":\"$6\"" "$file" 2>/dev/null || exit 1
-    ;;
-settle)
-    text=",\"settled\":\"$5\""
-    [ -z "$6" ] || text="$text,\"yielded-to\":\"$6\""
-    grep -q "\"promote\".*\"incarnation\":\"$4\"" "$file" 2>/dev/null && make "$file.next" "$text"
-    show
-    [ "$(cat "$file.next" 2>/dev/null)" = "$text" ] && grep -q "\"$4\"" "$file" || exit 1
-    ;;
-esac
-"#;
+use crate::rig::Asker;
 
 /// As many questions to `uri` and to the protocol's witness.
 fn conforms(uri: &str, questions: usize) -> Result<()> {
@@ -143,7 +91,7 @@ fn a_cluster_answers_as_the_protocol_says() -> Result<()> {
 
 fn install(dir: &Path) -> Result<String> {
     let script = dir.join("witness");
-    fs::write(&script, SCRIPT)?;
+    fs::write(&script, witness::SCRIPT)?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
     Ok(script.display().to_string())
 }

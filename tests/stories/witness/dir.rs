@@ -10,9 +10,10 @@ use fastrand::Rng;
 use replication::{
     Answer, Incarnation, Lineage, Party, Question, Record, Settled, Side, Term, Word,
 };
+use stories::replicated::etcd::in_memory;
 use stories::seed;
 
-use crate::rig::{Asker, in_memory, line};
+use crate::rig::{Asker, line};
 
 const PROCESSES: u64 = 8;
 const TERMS: u64 = 1000;

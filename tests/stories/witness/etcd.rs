@@ -1,162 +1,20 @@
 //! Three members of Debian's etcd, of which some die, and one that answers too late.
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use replication::{Answer, Incarnation, Lineage, Party, Question, Record, Side, Term, Word};
-use serde_json::{Value, json};
-use stories::debian::{Debian, output};
+use stories::debian::output;
 use stories::monitor::SOON;
+use stories::replicated::etcd::{Cluster, debian, in_memory};
 
-use crate::rig::{Asker, in_memory, paths};
+use crate::rig::Asker;
 
 const GUEST: Lineage = Lineage(7);
-
-/// Members of one cluster, on this host, in memory.
-pub struct Cluster {
-    dir: PathBuf,
-    members: Vec<Member>,
-}
-
-struct Member {
-    port: u16,
-    command: Command,
-    child: Option<Child>,
-}
-
-impl Cluster {
-    pub fn start(name: &str, members: usize) -> Result<Self> {
-        let this = Self::run_all(name, members, None)?;
-        this.elected()?;
-        Ok(this)
-    }
-
-    /// With the certificates in `tls`, if given, for both ends of every connection of a client.
-    fn run_all(name: &str, members: usize, tls: Option<&Path>) -> Result<Self> {
-        let debian = debian()?;
-        let dir = in_memory(&format!("etcd-{name}"))?;
-        // The ports are free now; nobody else on this host takes them in that moment.
-        let listeners: Vec<_> =
-            (0..2 * members).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
-        let ports: Vec<_> = listeners
-            .iter()
-            .map(|listener| Ok(listener.local_addr()?.port()))
-            .collect::<Result<_>>()?;
-        drop(listeners);
-        let (clients, peers) = ports.split_at(members);
-        let scheme = if tls.is_some() { "https" } else { "http" };
-        let client_url = |port: &u16| format!("{scheme}://127.0.0.1:{port}");
-        let url = |port: &u16| format!("http://127.0.0.1:{port}");
-        let all: Vec<_> =
-            peers.iter().enumerate().map(|(at, port)| format!("m{at}={}", url(port))).collect();
-        let mut this = Self { dir, members: Vec::new() };
-        for (at, (port, peer)) in clients.iter().zip(peers).enumerate() {
-            let mut command = debian.program("usr/bin/etcd")?;
-            command.args(["--name", &format!("m{at}"), "--initial-cluster", &all.join(",")]);
-            command.args(["--listen-client-urls", &client_url(port)]);
-            command.args(["--advertise-client-urls", &client_url(port)]);
-            command.args(["--listen-peer-urls", &url(peer)]);
-            command.args(["--initial-advertise-peer-urls", &url(peer)]);
-            command.args(["--heartbeat-interval", "50", "--election-timeout", "500"]);
-            if let Some(tls) = tls {
-                command
-                    .arg("--client-cert-auth")
-                    .arg("--trusted-ca-file")
-                    .arg(tls.join("ca-cert.pem"));
-                command.arg("--cert-file").arg(tls.join("server-cert.pem"));
-                command.arg("--key-file").arg(tls.join("server-key.pem"));
-            }
-            command.arg("--data-dir").arg(this.dir.join(format!("m{at}")));
-            this.members.push(Member { port: *port, command, child: None });
-            this.run(at)?;
-        }
-        Ok(this)
-    }
-
-    /// Starts a member, which may have run before.
-    fn run(&mut self, at: usize) -> Result<()> {
-        let log =
-            File::options().create(true).append(true).open(self.dir.join(format!("{at}.log")))?;
-        let member = self.members.get_mut(at).context("no such member")?;
-        let command = member.command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        member.child = Some(command.spawn().context("cannot run etcd")?);
-        Ok(())
-    }
-
-    fn kill(&mut self, at: usize) -> Result<()> {
-        if let Some(mut child) = self.members.get_mut(at).and_then(|member| member.child.take()) {
-            child.kill()?;
-            child.wait()?;
-        }
-        Ok(())
-    }
-
-    /// As a witness, the members in this order.
-    fn uri_of(&self, members: &[usize]) -> String {
-        let members = members.iter().filter_map(|at| self.members.get(*at));
-        let urls: Vec<_> =
-            members.map(|member| format!("http://127.0.0.1:{}", member.port)).collect();
-        format!("etcd:{}", urls.join(","))
-    }
-
-    pub fn uri(&self) -> String {
-        self.uri_of(&(0..self.members.len()).collect::<Vec<_>>())
-    }
-
-    /// Waits until there is a leader; which member it is.
-    fn elected(&self) -> Result<usize> {
-        let deadline = Instant::now() + SOON;
-        loop {
-            for (at, member) in self.members.iter().enumerate() {
-                let status = post(member.port, "/v3/maintenance/status", &json!({}));
-                let own = |status: &Value| {
-                    let leader = status.get("leader").filter(|leader| leader.is_string());
-                    leader.is_some() && leader == status.pointer("/header/member_id")
-                };
-                if status.is_ok_and(|status| own(&status)) {
-                    return Ok(at);
-                }
-            }
-            ensure!(Instant::now() < deadline, "no leader is elected: see {}", self.dir.display());
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-/// The packages, fetched first if they are not there.
-fn debian() -> Result<Debian> {
-    let paths = paths()?;
-    let _lock = paths.lock()?;
-    Debian::get(&paths).context("there is no etcd, so this test cannot be run")
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        for at in 0..self.members.len() {
-            let _ = self.kill(at);
-        }
-        if !thread::panicking() {
-            let _ = fs::remove_dir_all(&self.dir);
-        }
-    }
-}
-
-/// A request to one member.
-fn post(port: u16, path: &str, body: &Value) -> Result<Value> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let body = body.to_string();
-    write!(stream, "POST {path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
-    let mut reply = String::new();
-    stream.read_to_string(&mut reply)?;
-    let (_, body) = reply.split_once("\r\n\r\n").context("no body")?;
-    Ok(serde_json::from_str(body)?)
-}
 
 fn party(number: u128) -> Party {
     Party { side: Side::Primary, incarnation: Incarnation(number) }
@@ -256,7 +114,7 @@ fn late(to: u16) -> Result<u16> {
 #[test]
 fn a_claim_whose_answer_was_late_is_the_claimants() -> Result<()> {
     let cluster = Cluster::start("late", 3)?;
-    let through = late(cluster.members[0].port)?;
+    let through = late(cluster.port(0).context("no member")?)?;
     let direct = cluster.uri_of(&[1]);
     let slow = format!("etcd:http://127.0.0.1:{through}");
     // At another member it reads its own value.
@@ -310,7 +168,7 @@ fn with_tls_both_ends_have_to_show_a_certificate() -> Result<()> {
     certificates(&right)?;
     certificates(&wrong)?;
     let cluster = Cluster::run_all("tls", 1, Some(&right))?;
-    let member = cluster.members[0].port;
+    let member = cluster.port(0).context("no member")?;
     let with = |tls: &Path| format!("etcd:https://127.0.0.1:{member},tls={}", tls.display());
     let mut asker = Asker::new(&with(&right), None)?;
     ensure!(insist(&mut asker, claim(1, 1))?.0 == won(1));

@@ -1,7 +1,6 @@
 //! A process that asks a witness, and the words that it understands.
-use std::env;
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 
@@ -9,22 +8,6 @@ use anyhow::{Context, Result, anyhow, bail};
 use replication::{Answer, Incarnation, Lineage, Party, Question, Record, Settled, Side, Word};
 use serde_json::{Value, json};
 use stories::agent;
-use stories::paths::{Paths, SCRATCH};
-
-/// The places of this machine, or of the host that the test runs on.
-pub fn paths() -> Result<Paths> {
-    match env::var_os(SCRATCH) {
-        Some(_) => Paths::from_env(),
-        None => Paths::on_this_machine(),
-    }
-}
-
-/// An empty directory in memory: what is tested is order, and not how long a disk takes.
-pub fn in_memory(name: &str) -> Result<PathBuf> {
-    let dir = Path::new("/dev/shm").join(format!("witness-{name}-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    Ok(dir)
-}
 
 fn stratoctl() -> Result<PathBuf> {
     static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
