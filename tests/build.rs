@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// One program for each, linked with the shared parts.
-const GUESTS: [&str; 14] = [
+const GUESTS: [&str; 15] = [
     "hello",
     "count",
     "split",
@@ -18,6 +18,7 @@ const GUESTS: [&str; 14] = [
     "flood",
     "clock",
     "ledger",
+    "diary",
     "balloon",
 ];
 const SHARED: [&str; 3] = ["start.S", "runtime.c", "virtio.c"];

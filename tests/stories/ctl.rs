@@ -1,5 +1,7 @@
 //! Tests of domains: `stratoctl` and bare-metal guests on this host's own `/dev/kvm`, each test
 //! with a registry of its own.
+#[path = "ctl/agents.rs"]
+mod agents;
 #[path = "ctl/ask.rs"]
 mod ask;
 #[path = "ctl/at_once.rs"]
@@ -12,6 +14,8 @@ mod cold;
 mod damage;
 #[path = "ctl/disks.rs"]
 mod disks;
+#[path = "ctl/fences.rs"]
+mod fences;
 #[path = "ctl/life.rs"]
 mod life;
 #[path = "ctl/listen.rs"]
@@ -26,6 +30,8 @@ mod moved;
 mod policy;
 #[path = "ctl/protected.rs"]
 mod protected;
+#[path = "ctl/reboot.rs"]
+mod reboot;
 #[path = "ctl/received.rs"]
 mod received;
 #[path = "ctl/remus.rs"]
@@ -38,3 +44,7 @@ mod saved;
 mod ssh;
 #[path = "ctl/stand_in.rs"]
 mod stand_in;
+#[path = "ctl/two.rs"]
+mod two;
+#[path = "ctl/witnesses.rs"]
+mod witnesses;

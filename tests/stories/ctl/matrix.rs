@@ -82,7 +82,7 @@ impl Stage {
     /// Protects the domain at `from`; its backup is at `to`.
     fn protect(&self, from: &Rig, to: &Rig) -> Result<()> {
         let witness = format!("dir:{}", self.rig.file("witness").display());
-        let receive = to.receiver(&witness);
+        let receive = to.receiver(&format!("--witness '{witness}'"));
         let words = ["remus", "-i", "25", "--witness", &witness, "-s", "", NAME, &receive];
         from.ok(&words).map(drop)
     }

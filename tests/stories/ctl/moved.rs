@@ -1,47 +1,16 @@
 //! What becomes of a registered domain whose guest may run, or runs, at its backup.
-use std::fs;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::rig::Rig;
-
-/// Two registries, as on two hosts, with a witness that both reach.
-struct Two {
-    here: Rig,
-    there: Rig,
-    witness: String,
-}
-
-impl Two {
-    /// The registered domain `web` runs here, and is protected by the other host.
-    fn new(story: &str) -> Result<Self> {
-        let here = Rig::new(story)?;
-        let there = Rig::new(&format!("{story}-there"))?;
-        let witness = here.file("witness");
-        fs::create_dir(&witness)?;
-        let witness = format!("dir:{}", witness.display());
-        here.config("web.json", "hello", "tally")?;
-        here.ok(&["new", "web.json"])?;
-        here.ok(&["start", "web"])?;
-        let this = Self { here, there, witness };
-        this.protect(&this.here, &this.there)?;
-        Ok(this)
-    }
-
-    fn protect(&self, from: &Rig, to: &Rig) -> Result<Value> {
-        let receive = to.receiver(&self.witness);
-        let words = ["remus", "-i", "25", "--timeout", "200", "--witness", &self.witness, "-s", ""];
-        let said = from.ok(&[&words[..], &["web", &receive]].concat())?;
-        to.wait_replication("web", "state", "standby")?;
-        Ok(said)
-    }
-}
+use crate::two::Two;
 
 #[test]
 fn a_guest_that_continues_elsewhere_is_not_started_again_and_can_come_back() -> Result<()> {
     let two = Two::new("moved")?;
     let Two { here, there, .. } = &two;
+    let witness = two.witness()?;
+    two.protect(here, there, &witness)?;
     here.kill("web")?;
     there.wait_state("web", "running")?;
     ensure!(here.state("web")? == "killed");
@@ -53,7 +22,7 @@ fn a_guest_that_continues_elsewhere_is_not_started_again_and_can_come_back() -> 
     ensure!(here.state("web")? == "moved");
 
     // The same domain is the backup now, and then has the guest again.
-    two.protect(there, here)?;
+    two.protect(there, here, &witness)?;
     there.ok(&["failover", "--planned", "web"])?;
     here.wait_state("web", "running")?;
     here.says("web", "tally")?;
@@ -69,6 +38,8 @@ fn a_guest_that_continues_elsewhere_is_not_started_again_and_can_come_back() -> 
 fn a_guest_that_both_hosts_have_lost_can_be_started() -> Result<()> {
     let two = Two::new("lost")?;
     let Two { here, there, .. } = &two;
+    let witness = two.witness()?;
+    two.protect(here, there, &witness)?;
     // The backup goes first, so that it continues nothing.
     there.kill("web")?;
     here.kill("web")?;
@@ -76,7 +47,7 @@ fn a_guest_that_both_hosts_have_lost_can_be_started() -> Result<()> {
     ensure!(here.state("web")? == "running");
     // The new guest is protected as well as the first one was.
     there.ok(&["destroy", "web"])?;
-    two.protect(here, there)?;
+    two.protect(here, there, &witness)?;
     here.kill("web")?;
     there.wait_state("web", "running")?;
     here.refused(&["start", "web"])?;
@@ -87,12 +58,14 @@ fn a_guest_that_both_hosts_have_lost_can_be_started() -> Result<()> {
 fn a_backup_continues_a_guest_whose_domain_was_protected_in_an_earlier_life() -> Result<()> {
     let two = Two::new("earlier-life")?;
     let Two { here, there, .. } = &two;
+    let witness = two.witness()?;
+    two.protect(here, there, &witness)?;
     here.ok(&["unprotect", "web"])?;
     // It would be ready for another protection of the same guest for a while.
     there.ok(&["destroy", "-F", "web"])?;
     here.ok(&["destroy", "web"])?;
     here.ok(&["start", "web"])?;
-    two.protect(here, there)?;
+    two.protect(here, there, &witness)?;
     here.kill("web")?;
     there.wait_state("web", "running")?;
     there.says("web", "tally")
@@ -106,8 +79,7 @@ fn without_a_witness_nobody_knows_where_the_guest_runs() -> Result<()> {
     here.ok(&["start", "web"])?;
     let there = Rig::new("unwitnessed-there")?;
     let receive = there.receiver("");
-    let receive = receive.trim_end_matches(" --witness ''");
-    here.ok(&["remus", "-F", "-i", "25", "-s", "", "web", receive])?;
+    here.ok(&["remus", "-F", "-i", "25", "-s", "", "web", &receive])?;
     here.kill("web")?;
     let (what, hint) = here.refused(&["start", "web"])?;
     ensure!(what.contains("may run at its backup") && what.contains("no witness"), "{what}");

@@ -15,10 +15,10 @@ use crate::rig::Rig;
 const LINES: usize = 10;
 
 /// What a guest prints, from the beginning, as long as its monitor lives.
-struct Console(JoinHandle<String>);
+pub struct Console(JoinHandle<String>);
 
 impl Console {
-    fn open(rig: &Rig, name: &str) -> Result<(Self, UnixStream)> {
+    pub fn open(rig: &Rig, name: &str) -> Result<(Self, UnixStream)> {
         let info = rig.ok(&["info", name])?;
         let run = info.pointer("/0/run").and_then(Value::as_str).context("no directory")?;
         let mut stream = UnixStream::connect(Path::new(run).join("console.sock"))?;
@@ -32,13 +32,13 @@ impl Console {
         Ok((Self(thread::spawn(read)), own))
     }
 
-    fn said(self) -> Result<String> {
+    pub fn said(self) -> Result<String> {
         self.0.join().map_err(|_| anyhow::anyhow!("the reader has panicked"))
     }
 }
 
 /// The numbers in whole lines of what the guest `hello tally` has printed.
-fn numbers(said: &str) -> Result<Vec<u64>> {
+pub fn numbers(said: &str) -> Result<Vec<u64>> {
     let whole = said.rfind('\n').map_or("", |end| &said[..end]);
     let words = whole.lines().filter_map(|line| line.trim().strip_prefix("tally "));
     words
@@ -78,7 +78,7 @@ fn reported(rig: &Rig, name: &str) -> Result<()> {
 }
 
 /// Lets the guest of a domain print some lines, and returns them.
-fn some_numbers(rig: &Rig, name: &str) -> Result<Vec<u64>> {
+pub fn some_numbers(rig: &Rig, name: &str) -> Result<Vec<u64>> {
     let (console, own) = Console::open(rig, name)?;
     thread::sleep(Duration::from_millis(500));
     own.shutdown(std::net::Shutdown::Both)?;

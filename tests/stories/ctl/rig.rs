@@ -1,5 +1,4 @@
 //! The set-up of each test: a registry, `stratoctl`, guests.
-use std::env;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -17,12 +16,13 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::{Value, json};
 use stories::agent;
 use stories::monitor::{SOON, install};
-use stories::paths::{Paths, SCRATCH};
+use stories::paths::Paths;
 
-const GUESTS: [(&str, &[u8]); 4] = [
+const GUESTS: [(&str, &[u8]); 5] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("fill", include_bytes!(concat!(env!("OUT_DIR"), "/fill.elf"))),
     ("ledger", include_bytes!(concat!(env!("OUT_DIR"), "/ledger.elf"))),
+    ("diary", include_bytes!(concat!(env!("OUT_DIR"), "/diary.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
 ];
 /// Address of the counter of the guest `count`.
@@ -41,10 +41,7 @@ pub struct Rig {
 
 impl Rig {
     pub fn new(story: &str) -> Result<Self> {
-        let paths = match env::var_os(SCRATCH) {
-            Some(_) => Paths::from_env()?,
-            None => Paths::on_this_machine()?,
-        };
+        let paths = Paths::of_this_host()?;
         let (monitor, stratoctl) = binaries()?;
         let dir = paths.fresh_scratch(&format!("ctl-{story}"))?;
         Ok(Self { paths, dir, monitor, stratoctl, patience: "30" })
@@ -180,12 +177,13 @@ impl Rig {
         }
     }
 
-    /// The command that receives a protected domain in this registry, as `remus -s ''` runs it.
-    pub fn receiver(&self, witness: &str) -> String {
+    /// The command that receives a protected domain in this registry, as `remus -s ''` runs it, with
+    /// these options.
+    pub fn receiver(&self, options: &str) -> String {
         let (stratoctl, monitor) = (self.stratoctl.display(), self.monitor.display());
         let root = self.file("r");
         format!(
-            "STRATOVIRT_BIN='{monitor}' '{stratoctl}' --root '{}' remus-receive --witness '{witness}'",
+            "STRATOVIRT_BIN='{monitor}' '{stratoctl}' --root '{}' remus-receive {options}",
             root.display()
         )
     }

@@ -100,6 +100,16 @@ pub fn permit(
     }
 }
 
+/// The guest that the disks of a domain belong to, once they were protected.
+///
+/// # Errors
+/// Their sidecars cannot be read, or they belong to different guests.
+pub fn lineage(description: &Description) -> anyhow::Result<Option<Uuid>> {
+    let paths = writable(description);
+    let images = Images::read(paths.iter().map(PathBuf::as_path))?;
+    Ok(images.entry().map(|entry| Uuid(entry.lineage.0)))
+}
+
 /// The images that the guest can write to.
 fn writable(description: &Description) -> Vec<PathBuf> {
     let drives = description.config.get("drive").and_then(serde_json::Value::as_array);

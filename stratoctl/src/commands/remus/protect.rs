@@ -9,9 +9,9 @@ use qmp::schema::{QueryReplication, ReplicationBlackhole, ReplicationStart};
 use serde_json::json;
 
 use super::{
-    super::{Answer, Context},
+    super::{Answer, Context, lifecycle},
     agent::{dialer, revive},
-    receive,
+    cold, receive,
     syncing::until_protected,
 };
 use crate::{
@@ -64,12 +64,17 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool, quiet: bool) -> anyhow:
     };
     let identity = witness.as_ref().map(identify).transpose()?;
     let earlier = Protection::of(&held.place)?;
-    // A monitor that has one keeps it, so a backup that has taken over has that of its primary. A
-    // later monitor of the same domain gets another one: it would begin with term 1 again, which
-    // the witness knows as closed.
+    // A monitor that has one keeps it, so a backup that has taken over has that of its primary; and
+    // so do disks. A later monitor of the same domain without disks gets another one: it would
+    // begin with term 1 again, which the witness knows as closed.
     let lineage = match &before.lineage {
         Some(known) => known.parse().context("the monitor's lineage")?,
-        None => Uuid::random().context("no random numbers")?,
+        None => {
+            let description = lifecycle::described(&held.place)?;
+            // Disks that are not replicated have no sidecars.
+            let known = if args.no_disks { None } else { cold::lineage(&description)? };
+            known.map_or_else(Uuid::random, Ok).context("no random numbers")?
+        }
     };
     let mut protection = Protection {
         witness: witness.as_ref().map(ToString::to_string),
