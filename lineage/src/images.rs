@@ -164,11 +164,11 @@ impl Images {
             (Err(ImagesError::Refused { denial, .. }), Some((_, entry)))
                 if denial != Denial::Inconsistent =>
             {
-                let term = term(&entry.mark).next();
+                let term = entry.mark.term().next();
                 Ok(Permission::Run { term, promoted: None })
             }
             (Ok(Permission::Claim(entry)), _) => {
-                Ok(Permission::Run { term: term(&entry.mark).next(), promoted: None })
+                Ok(Permission::Run { term: entry.mark.term().next(), promoted: None })
             }
             (other, _) => other,
         }
@@ -253,18 +253,7 @@ fn strictness(mark: &Mark) -> (u8, Term) {
         Mark::Fenced { .. } => 5,
         Mark::Inconsistent { .. } => 6,
     };
-    (rank, term(mark))
-}
-
-fn term(mark: &Mark) -> Term {
-    match *mark {
-        Mark::Free { term }
-        | Mark::Fenced { term }
-        | Mark::Running { term, .. }
-        | Mark::Outdated { term }
-        | Mark::Inconsistent { term } => term,
-        Mark::Protected(bond) | Mark::Fencing(bond) => bond.term,
-    }
+    (rank, mark.term())
 }
 
 fn unused() -> Settings {
@@ -279,7 +268,7 @@ fn unused() -> Settings {
 }
 
 fn help(denial: Denial, image: &Known, entry: &Entry) -> String {
-    let guest = format!("(lineage {:032x}, {})", entry.lineage.0, term(&entry.mark));
+    let guest = format!("(lineage {:032x}, {})", entry.lineage.0, entry.mark.term());
     let sidecar = image.sidecar.path().display();
     let anyway = format!("to start from it anyway: rm {sidecar}");
     match denial {

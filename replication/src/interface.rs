@@ -172,7 +172,8 @@ pub enum Output {
     /// Backup: make sure that memory and journal hold this epoch, whose `End` has arrived; then
     /// [`Input::Held`].
     Hold(Epoch),
-    /// Backup: drop what has arrived of epochs after this one.
+    /// Backup: drop what has arrived of epochs after this one. An earlier [`Output::Hold`] of them is
+    /// not answered any more: they may come again.
     DropAfter(Epoch),
     /// Backup: do everything that can fail, to run from this epoch; then [`Input::Prepared`].
     Prepare(Epoch),
@@ -237,6 +238,21 @@ pub enum Mark {
         /// The term.
         term: Term,
     },
+}
+
+impl Mark {
+    /// The term that it is about, or the first one that may follow.
+    #[must_use]
+    pub const fn term(&self) -> Term {
+        match *self {
+            Self::Protected(bond) | Self::Fencing(bond) => bond.term,
+            Self::Free { term }
+            | Self::Fenced { term }
+            | Self::Running { term, .. }
+            | Self::Outdated { term }
+            | Self::Inconsistent { term } => term,
+        }
+    }
 }
 
 /// What a sidecar says of the armed term that its image is part of.

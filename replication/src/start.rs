@@ -9,7 +9,7 @@
 //!     Run                           Exit(Refused)
 //! ```
 //! The process that starts the guest holds the locks of the images: no earlier one of this side is
-//! alive.
+//! alive, and a term that the one which the sidecar names has won, or got back, is this one's.
 use crate::{
     base::{Base, Identity},
     identity::{Incarnation, Side, Term},
@@ -138,11 +138,14 @@ impl Start {
             self.state = State::Settling(bond);
             return self.base.ask(settle);
         }
-        if record.reading(self.base.party(), self.base.rules) == Reading::Mine {
+        // The process that this image was bound to is dead, as its locks are free. What it owned alone is
+        // in the image, and it has let nothing out of that: the image would say so.
+        let alone = matches!(record.word, Word::Solo | Word::End)
+            || matches!(record.settled, Some(Settled::Yielded { .. }));
+        let mine = |party| record.reading(party, self.base.rules) == Reading::Mine;
+        if mine(self.base.party()) || alone && mine(bond.own()) {
             return self.won(bond);
         }
-        // What was given back is an earlier process of the primary's side, dead or not: its image is
-        // the newest that there is.
         let owner = match record.settled {
             Some(Settled::Yielded { .. }) => Side::Primary,
             _ => record.winner.side,

@@ -51,13 +51,7 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
     put(&mut body, frame.term.0);
     put(&mut body, frame.epoch.0);
     let kind = message(&mut body, frame.message);
-    let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
-    let mut bytes = Vec::with_capacity(LONGEST);
-    bytes.extend(kind.to_le_bytes());
-    bytes.extend(length.to_le_bytes());
-    bytes.extend(body);
-    bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-    bytes
+    self::frame(kind, &body)
 }
 
 /// Read one frame from the beginning of `bytes`, and return its length, too.
@@ -65,12 +59,42 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
 /// # Errors
 /// [`WireError::Truncated`] when more bytes are needed, else what is wrong with these.
 pub fn decode(bytes: &[u8]) -> Result<(Frame, usize), WireError> {
+    let (kind, body, all) = unframe(bytes, KINDS, LONGEST - AROUND)?;
+    let frame = Bytes(body).frame(kind).ok_or(WireError::Body(kind))?;
+    Ok((frame, all))
+}
+
+/// A frame of any kind around `body`.
+#[must_use]
+pub fn frame(kind: u32, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    let mut bytes = Vec::with_capacity(body.len() + AROUND);
+    bytes.extend(kind.to_le_bytes());
+    bytes.extend(length.to_le_bytes());
+    bytes.extend(body);
+    bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+    bytes
+}
+
+/// The kind and the body, of at most `longest` bytes, of the frame at the beginning of `bytes`, and
+/// the length of all of it. It has to be one of `kinds`.
+///
+/// # Errors
+/// As [`decode`].
+pub fn unframe(
+    bytes: &[u8],
+    kinds: RangeInclusive<u32>,
+    longest: usize,
+) -> Result<(u32, &[u8], usize), WireError> {
     let mut rest = Bytes(bytes);
     let (Some(kind), Some(length)) = (rest.u32(), rest.u32()) else {
         return Err(WireError::Truncated);
     };
+    if !kinds.contains(&kind) {
+        return Err(WireError::Kind(kind));
+    }
     let size = usize::try_from(length).unwrap_or(usize::MAX);
-    if size > LONGEST - AROUND {
+    if size > longest {
         return Err(WireError::TooLong { kind, length });
     }
     let all = size + AROUND;
@@ -82,11 +106,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Frame, usize), WireError> {
     if crc.u32() != Some(crc32fast::hash(covered)) {
         return Err(WireError::Checksum(kind));
     }
-    if !KINDS.contains(&kind) {
-        return Err(WireError::Kind(kind));
-    }
-    let frame = Bytes(body).frame(kind).ok_or(WireError::Body(kind))?;
-    Ok((frame, all))
+    Ok((kind, body, all))
 }
 
 /// The kinds of these messages.

@@ -13,11 +13,12 @@ mod normal;
 mod world;
 
 use explore::{Found, explore};
-use replication::{Rule, Rules};
+use replication::{Arbiter, Digest, Rule, Rules};
 use world::Bounds;
 
 const ONE_TERM: Bounds = Bounds {
     rules: ALL,
+    arbiter: Arbiter::Witness(Digest(1)),
     hosts: &[0, 1],
     epochs: 2,
     terms: 1,
@@ -76,6 +77,15 @@ fn two_terms_with_failback() {
     let bounds = Bounds { terms: 2, lost: 0, commands: 0, ..ONE_TERM };
     holds("two terms, a cut", &Bounds { kills: 0, ..bounds }, false);
     holds("two terms, a death", &Bounds { cuts: 0, ..bounds }, false);
+}
+
+#[test]
+fn one_term_with_a_fence_and_one_with_nobody_who_decides() {
+    let bounds = Bounds { arbiter: Arbiter::Fence(Digest(1)), lost: 0, commands: 0, ..ONE_TERM };
+    holds("fence", &bounds, false);
+    holds("fence, slow", &Bounds { slow: true, kills: 0, ..bounds }, false);
+    holds("fence, a command", &Bounds { commands: 1, kills: 0, ..bounds }, false);
+    holds("nobody", &Bounds { arbiter: Arbiter::None, commands: 1, ..bounds }, false);
 }
 
 /// All faults at once; minutes. Run with `--ignored`.

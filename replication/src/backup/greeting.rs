@@ -37,7 +37,7 @@ impl Backup {
 
     /// Whether this side's own primary greets it in a later term: it can only have won this one.
     fn is_left_by(&self, frame: Frame, hello: Hello) -> bool {
-        self.may_promote()
+        matches!(self.state, State::Standby | State::Suspecting | State::Unfit)
             && self.primary == Some(hello.incarnation)
             && frame.term > self.base.term
             && hello.lineage == self.base.me.lineage
@@ -63,7 +63,7 @@ impl Backup {
             }
             State::Listening | State::Abandoned => Ok(false),
             // Where this side does not promote by itself, its primary's word closes the term.
-            State::Standby | State::Suspecting
+            State::Standby | State::Suspecting | State::Unfit
                 if nobody && self.is_left_by(frame, hello) && !self.base.claimed =>
             {
                 Ok(false)
@@ -90,7 +90,7 @@ impl Backup {
         self.base.heard();
         self.base.timers.set(Timer::Beat, self.base.now + self.base.heartbeat());
         (self.echo, self.gone) = (0, false);
-        if matches!(self.state, State::Standby | State::Suspecting) {
+        if matches!(self.state, State::Standby | State::Suspecting | State::Unfit) {
             self.stand_back();
         }
         if again {

@@ -111,7 +111,8 @@ impl Backup {
             self.enter(State::Suspecting, Why::Command);
             self.drop_coming();
             self.prepare();
-        } else if self.forced && self.base.claimed {
+        } else if self.forced && self.base.claimed && self.base.timers.get(Timer::GiveUp).is_none()
+        {
             self.base.timers.set(Timer::GiveUp, self.base.now + ANSWER_TIMEOUT);
         }
         self.try_claim();

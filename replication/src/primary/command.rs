@@ -31,6 +31,11 @@ impl Primary {
                 self.base.mark(Mark::Free { term: self.base.term });
             }
             (State::Off | State::Degraded | State::Connecting | State::Syncing, Command::Quit) => {
+                if settling {
+                    // The word on the disk says so: whoever starts from it reports that the guest
+                    // runs here, which its former primary waits for.
+                    return self.end(Exit::Done);
+                }
                 if matches!(self.state, State::Connecting | State::Syncing) {
                     self.fall_back(Why::Command);
                 }
@@ -50,6 +55,9 @@ impl Primary {
     /// A command that is carried out even if that may lead to two owners.
     pub(super) fn force(&mut self, command: Command) {
         match (self.state, command) {
+            // Who is impatient and repeats it is not kept waiting for longer.
+            (State::Stalled | State::HandingOver(_), _)
+                if self.forced && self.intent == Some(command) => {}
             (State::Protected | State::Stalled, Command::Unprotect | Command::Quit) => {
                 if self.state == State::Protected {
                     self.base.forget_question();

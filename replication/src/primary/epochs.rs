@@ -179,6 +179,8 @@ impl Primary {
     pub(super) fn too_slow(&mut self) {
         let leaves = self.base.settings.leave_slow;
         match self.state {
+            // Nothing is protected yet, and output is held.
+            State::Syncing if leaves => self.fall_back(Why::AckLimit),
             // The guest is parked for an acknowledgement that does not come.
             State::HandingOver(Handing::Parked | Handing::Last(_)) => {
                 self.disturbed(Why::AckLimit);

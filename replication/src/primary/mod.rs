@@ -303,7 +303,10 @@ impl Primary {
             (State::Fenced | State::HandingOver(_), Mark::Outdated { .. }) => {
                 self.end(Exit::Fenced);
             }
-            (_, Mark::Free { .. }) if self.intent == Some(Command::Quit) => self.end(Exit::Done),
+            (_, Mark::Free { .. }) if self.intent == Some(Command::Quit) => {
+                self.bye(true);
+                self.end(Exit::Done);
+            }
             (State::Stalled | State::Degraded, Mark::Free { .. }) => self.degrade(State::Off),
             _ => {}
         }

@@ -207,7 +207,7 @@ impl Primary {
     /// The won term ends here, and the guest continues alone.
     pub(super) fn degrade(&mut self, home: State) {
         if self.state != State::Degraded {
-            self.base.send(self.window.last(), Message::Bye { end: false });
+            self.bye(home == State::Off);
             self.base.hang_up();
             self.base.forget_question();
             self.alone = (home == State::Degraded && self.has_witness()).then_some(self.base.term);
@@ -233,6 +233,13 @@ impl Primary {
         self.unpark();
         self.relieve();
         self.watch();
+    }
+
+    /// The connection ends, and the term is over. If that is `for_good`, and nobody could tell it to the
+    /// backup later, it leaves the term now.
+    pub(super) fn bye(&mut self, for_good: bool) {
+        let nobody = self.base.settings.agreement.arbiter == Arbiter::None;
+        self.base.send(self.window.last(), Message::Bye { end: for_good && nobody });
     }
 
     /// While the guest runs on the strength of a record, check that the record stays.

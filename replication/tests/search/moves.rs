@@ -1,7 +1,7 @@
 //! Everything that may happen next.
 use replication::{
-    Backup, Command, Connection, Frame, Identity, Input, Mark, Message, Start, Timer, backup,
-    primary,
+    Backup, Command, Connection, Frame, Identity, Input, Mark, Message, Question, Start, Timer,
+    backup, primary,
 };
 
 use crate::world::{Bounds, GUEST, Role, Wire, World};
@@ -210,8 +210,11 @@ impl World {
             }
             Move::Decide(n) => {
                 let (i, incarnation, nonce, question) = self.questions.remove(n);
-                let reply = self.witness.step(GUEST, question);
-                self.answers.push((i, incarnation, nonce, question, reply.answer));
+                let answer = match question {
+                    Question::Fence { term } => self.fence(bounds, i, term),
+                    _ => Some(self.witness.step(GUEST, question).answer),
+                };
+                self.answers.extend(answer.map(|it| (i, incarnation, nonce, question, it)));
                 return None;
             }
             Move::Answer(n) => {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use replication::{
     Agreement, Answer, Arbiter, Backup, Connection, Digest, Epoch, Frame, From, Identity,
     Incarnation, Input, Lineage, Mark, OnLoss, Output, Primary, Question, Rules, Searched,
-    Settings, Start, Term, Time, Timer, Witness, primary,
+    Settings, Side, Start, Term, Time, Timer, Witness, primary,
 };
 
 pub const GUEST: Lineage = Lineage(1);
@@ -13,6 +13,7 @@ pub const GUEST: Lineage = Lineage(1);
 #[derive(Clone, Copy)]
 pub struct Bounds {
     pub rules: Rules,
+    pub arbiter: Arbiter,
     /// Hosts of the processes: 0 is where the guest begins.
     pub hosts: &'static [usize],
     pub epochs: u64,
@@ -30,13 +31,13 @@ pub struct Bounds {
 
 impl Bounds {
     pub fn settings(&self) -> Settings {
-        let arbiter = Arbiter::Witness(Digest(1));
+        let nobody = self.arbiter == Arbiter::None;
         Settings {
-            agreement: Agreement { arbiter, machine: Digest(1) },
+            agreement: Agreement { arbiter: self.arbiter, machine: Digest(1) },
             timeout: Time::from_secs(1),
             period: Time::from_millis(200),
             ack_limit: Time::from_secs(10),
-            on_loss: OnLoss::Claim,
+            on_loss: if nobody { OnLoss::Stall } else { OnLoss::Claim },
             leave_slow: false,
         }
     }
@@ -321,6 +322,28 @@ impl World {
             | Output::Harvest
             | Output::Fill { .. } => {}
         }
+    }
+
+    /// `stratoctl fence` on the other host: refused if that side is the primary and is fencing, too, or
+    /// is in a later term.
+    pub fn fence(&mut self, bounds: &Bounds, by: usize, of: Term) -> Option<Answer> {
+        let there: Vec<usize> =
+            (0..self.nodes.len()).filter(|i| bounds.hosts[*i] != bounds.hosts[by]).collect();
+        let refuses = |mark: Mark| {
+            let fences = matches!(mark, Mark::Fencing(bond) if bond.side == Side::Primary);
+            fences || mark.term() > of
+        };
+        if there.iter().any(|i| refuses(self.nodes[*i].sidecar)) {
+            return None;
+        }
+        for i in there {
+            if self.nodes[i].role != Role::Dead {
+                self.nodes[i].incarnation.0 += 1;
+                self.die(i);
+            }
+            self.nodes[i].sidecar = Mark::Fenced { term: of };
+        }
+        Some(Answer::Down)
     }
 
     /// The process is gone; what it had begun is not done.

@@ -1,8 +1,8 @@
 //! What has to be true after each event. Two owners, and replies that are given twice, are noticed
 //! where they happen.
 use replication::{
-    Command, Epoch, Event, Frame, Input, Message, Output, Question, Searched, Side, Status, Term,
-    Waiting, Word, backup, primary,
+    Bond, Command, Epoch, Event, Frame, Input, Mark, Message, Output, Question, Searched, Settled,
+    Side, Status, Term, Waiting, Word, backup, primary,
 };
 
 use super::{GUEST, Sim};
@@ -34,6 +34,12 @@ impl Sim {
         let (Some(old), Some(new)) = (before.status, node.status()) else { return Ok(()) };
         if before.incarnation != node.incarnation || old.role != new.role {
             return Ok(());
+        }
+        // What is received and not held, and what is held back for an acknowledgement (I5).
+        let unacknowledged = new.epoch.0.saturating_sub(new.acked.0);
+        let many = new.acked > Epoch(0) && unacknowledged > primary::UNACKNOWLEDGED as u64;
+        if node.received.len() > primary::UNACKNOWLEDGED || many {
+            return Err(format!("process {i} keeps {} epochs (I5)", node.received.len()));
         }
         let same = old.term == new.term && old.armed && new.armed;
         if new.term < old.term || same && (new.epoch < old.epoch || new.acked < old.acked) {
@@ -67,7 +73,11 @@ impl Sim {
         let waiting = match &node.role {
             Role::Primary(primary) => primary.waiting(),
             Role::Backup(backup) => backup.waiting(),
-            _ => return Ok(()),
+            Role::Start(start) if !start.is_over() => {
+                let waits = node.deadline().is_some() || node.pending > 0;
+                return waits.then_some(()).ok_or(format!("start {i} waits for nothing (I8)"));
+            }
+            Role::Start(_) | Role::Dead => return Ok(()),
         };
         let idle = match &node.role {
             Role::Primary(primary) => matches!(
@@ -106,7 +116,31 @@ impl Sim {
         if epoch > held {
             return Err(format!("process {i} lets out {epoch:?} of {term}, held {held:?} (I1)"));
         }
+        let out = self.released.entry(term).or_default();
+        *out = epoch.max(*out);
         Ok(())
+    }
+
+    /// A start from a disk that says `protected` has won its term (I12).
+    pub(super) fn check_cold(&self, i: usize) -> Result<(), String> {
+        let node = &self.nodes[i];
+        let asked =
+            |(bond, _): &(Bond, _)| Mark::Running { term: bond.term.next(), promoted: None };
+        let won = node.claims.filter(|claim| asked(claim) == node.sidecar);
+        let Some((bond, claimant)) = won else { return Ok(()) };
+        let won = self.witness.record(GUEST, bond.term).is_some_and(|record| {
+            let winner = record.winner.incarnation;
+            match (record.word, record.settled) {
+                (Word::Cold, _) => winner == claimant,
+                // By the process that the disk names, which is dead.
+                (_, Some(Settled::Yielded { to })) => to == bond.own().incarnation,
+                (word, _) => word != Word::Promote && winner == bond.own().incarnation,
+            }
+        });
+        if won || self.fenced.contains(&(i, bond.term)) {
+            return Ok(());
+        }
+        Err(format!("process {i} starts from its disk, and {} is not its own (I12)", bond.term))
     }
 
     /// A term is armed for two incarnations, and once.

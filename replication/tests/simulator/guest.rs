@@ -25,6 +25,16 @@ pub enum Pages {
     Since { counter: u64, off: bool, pages: Vec<(usize, u64)> },
 }
 
+impl Pages {
+    /// Requests that the guest had served at the end of the epoch.
+    pub fn counter(&self) -> u64 {
+        match self {
+            Self::All(guest) => guest.counter,
+            Self::Since { counter, .. } => *counter,
+        }
+    }
+}
+
 impl Guest {
     pub fn new() -> Self {
         Self { counter: 0, off: false, pages: [0; PAGES] }
@@ -87,15 +97,25 @@ pub enum Seen {
 #[derive(Default)]
 pub struct Client {
     told: HashSet<u64>,
-    /// It was seen to power itself off.
-    pub off: bool,
+    /// It was seen to power itself off, after so many requests.
+    off: Option<u64>,
 }
 
 impl Client {
+    /// The guest was seen to power itself off.
+    pub fn off(&mut self, counter: u64) {
+        self.off = Some(counter);
+    }
+
+    pub fn is_off(&self) -> bool {
+        self.off.is_some()
+    }
+
     /// A reply has arrived. A number that comes twice was given by a guest that had lost an earlier
     /// reply, or by two guests at once.
     pub fn told(&mut self, reply: u64) -> Result<(), String> {
-        if self.off {
+        // One that was on its way is no more than late.
+        if self.off.is_some_and(|last| reply > last) {
             return Err(format!("reply {reply} of a guest that was seen to power off (I2)"));
         }
         if self.told.insert(reply) {

@@ -7,7 +7,7 @@ use replication::{
 use super::{Event, GUEST, Sim, ms};
 use crate::{
     guest::{Guest, Pages, Seen},
-    node::{Journal, Role},
+    node::{Role, Storage},
 };
 
 /// How much may be held.
@@ -47,13 +47,25 @@ impl Sim {
         self.after(delay, Event::Input(i, incarnation, input));
     }
 
+    /// As [`Sim::done`], by the storage: one after the other.
+    fn stored(&mut self, i: usize, input: Input) {
+        let end = self.nodes[i].busy.max(self.now) + self.jitter(300, 2000);
+        self.nodes[i].busy = end;
+        let wait = (end - self.now).as_micros() as u64;
+        self.done(i, wait, wait, input);
+    }
+
     /// What the guest lets others see: at once, or held.
     pub(super) fn let_out(&mut self, i: usize, seen: Seen) -> Result<(), String> {
         let node = &mut self.nodes[i];
         if node.free {
             return self.show(i, seen);
         }
+        let covered = node.held.back().is_none_or(|(epoch, _)| *epoch < node.epoch);
         node.held.push_back((node.epoch, seen));
+        if self.pace.is_some() && covered {
+            self.input(i, Input::OutputWaits(true))?;
+        }
         self.measure(i, false)
     }
 
@@ -62,7 +74,7 @@ impl Sim {
         match seen {
             Seen::Reply(reply) => self.client.told(reply),
             Seen::Off => {
-                self.client.off = true;
+                self.client.off(self.nodes[i].guest.counter);
                 let incarnation = self.nodes[i].incarnation;
                 let quit = Input::Command(replication::Command::Quit);
                 self.after(ms(1), Event::Input(i, incarnation, quit));
@@ -111,6 +123,40 @@ impl Sim {
         self.along(i, to, slow, Event::Frame { from: i, to, over, frame, pages });
     }
 
+    fn hold(&mut self, i: usize, epoch: Epoch) {
+        let node = &mut self.nodes[i];
+        if let Some(pages) = node.arriving.take() {
+            node.received.insert(epoch, pages);
+        }
+        let counter = node.received.get(&epoch).map_or(0, Pages::counter);
+        match node.storage {
+            Storage::Works => {
+                if !node.filling {
+                    let whole = node.status().map_or(Epoch(0), |status| status.epoch);
+                    node.disk.append(epoch, counter);
+                    node.disk.work(whole, &mut self.random);
+                }
+                node.holding.push_back((epoch, true));
+                self.stored(i, Input::Held(epoch));
+            }
+            Storage::Hangs => node.hung.push(epoch),
+            Storage::Full => {
+                node.holding.push_back((epoch, true));
+                self.stored(i, Input::NotHeld(epoch, replication::Fault::Disk));
+            }
+        }
+    }
+
+    /// Its storage works again, and does what it was asked to.
+    pub fn mend(&mut self, i: usize) {
+        self.nodes[i].storage = Storage::Works;
+        for epoch in std::mem::take(&mut self.nodes[i].hung) {
+            if self.nodes[i].received.contains_key(&epoch) {
+                self.hold(i, epoch);
+            }
+        }
+    }
+
     fn capture(&mut self, i: usize, before: Option<Term>, epoch: Epoch, shut: bool) {
         let node = &mut self.nodes[i];
         let digest = Digest(node.guest.digest());
@@ -134,6 +180,10 @@ impl Sim {
         match output {
             Output::Send(over, frame) => {
                 self.check_armed(frame)?;
+                if frame.message == Message::Ack {
+                    let node = &mut self.nodes[i];
+                    node.disk.promised = node.guest.counter;
+                }
                 self.send(i, over, frame);
             }
             Output::BeatBeside => self.beat_beside(i),
@@ -149,8 +199,10 @@ impl Sim {
                     self.after(delay, Event::Asked { by: i, incarnation, nonce, question });
                 }
             }
-            // Marks become durable in order: always after the same time.
-            Output::Mark(mark) => self.done(i, 1000, 1000, Input::Marked(mark)),
+            Output::Mark(mark) => {
+                self.nodes[i].marking.push_back(mark);
+                self.stored(i, Input::Marked(mark));
+            }
             Output::Sync { base } => {
                 let kept = std::mem::take(&mut self.nodes[i].kept);
                 self.nodes[i].base = match base {
@@ -169,6 +221,8 @@ impl Sim {
             }
             Output::Untrack => self.nodes[i].kept.clear(),
             Output::Fill { base } => {
+                let node = &mut self.nodes[i];
+                (node.filling, node.disk.promised) = (true, 0);
                 if base.is_none() {
                     self.nodes[i].guest = Guest::new();
                     self.full += 1;
@@ -205,15 +259,18 @@ impl Sim {
             }
             Output::Park => self.nodes[i].parked = true,
             Output::Unpark => self.nodes[i].parked = false,
-            Output::Hold(epoch) => match self.nodes[i].journal {
-                Journal::Works => self.done(i, 300, 300, Input::Held(epoch)),
-                Journal::Hangs => {}
-                Journal::Full => {
-                    self.done(i, 300, 300, Input::NotHeld(epoch, replication::Fault::Disk));
-                }
-            },
-            Output::Prepare(_) => self.done(i, 5000, 20_000, Input::Prepared),
-            Output::DropAfter(_) => self.nodes[i].received.clear(),
+            Output::Hold(epoch) => self.hold(i, epoch),
+            Output::Prepare(_) => {
+                self.nodes[i].disk.settle();
+                self.done(i, 5000, 20_000, Input::Prepared);
+            }
+            Output::DropAfter(epoch) => {
+                let node = &mut self.nodes[i];
+                node.received.clear();
+                node.hung.clear();
+                node.holding.iter_mut().for_each(|(_, counts)| *counts = false);
+                node.disk.drop_after(epoch);
+            }
             Output::Run { term, from, promoted } => return self.run_here(i, term, from, promoted),
             Output::Exit(_) => self.end(i, true),
             Output::Tell(_) => self.told.push(output),
@@ -237,11 +294,22 @@ impl Sim {
                 if self.truth.get(&(closed, epoch)) != Some(&self.nodes[i].guest.digest()) {
                     return Err(format!("memory is not that of epoch {} (I2, I6)", epoch.0));
                 }
+                if self.released.get(&closed).is_some_and(|out| *out > epoch) {
+                    return Err(format!("output of after epoch {} is out (I2)", epoch.0));
+                }
+                if self.nodes[i].disk.last() != self.nodes[i].guest.counter {
+                    return Err(format!("the disk is not that of epoch {} (I7)", epoch.0));
+                }
             }
-            From::Disk => self.nodes[i].guest = Guest::from_disk(self.nodes[i].disk),
+            From::Disk => {
+                self.cold += 1;
+                self.check_cold(i)?;
+                self.nodes[i].guest = Guest::from_disk(self.nodes[i].disk.last());
+            }
         }
         let me = Identity { lineage: GUEST, incarnation: self.nodes[i].incarnation };
-        let (owner, outputs) = Primary::owner(me, term, promoted, self.settings, self.rules);
+        let (mut owner, outputs) = Primary::owner(me, term, promoted, self.settings, self.rules);
+        owner.pace(self.pace.clone(), self.strict);
         let node = &mut self.nodes[i];
         node.role = Role::Primary(owner);
         node.tick = None;
@@ -269,11 +337,29 @@ impl Sim {
     /// A process dies. If its host survives, its connections end.
     pub fn kill(&mut self, i: usize, host_lives: bool) {
         self.victims[i] = true;
-        self.end(i, host_lives);
+        if host_lives { self.end(i, true) } else { self.lose_power(i) }
     }
 
-    fn end(&mut self, i: usize, host_lives: bool) {
-        self.nodes[i].die();
+    pub fn lose_power(&mut self, i: usize) {
+        self.nodes[i].disk.cut(&mut self.random);
+        self.end(i, false);
+    }
+
+    /// It ends by itself.
+    pub fn end(&mut self, i: usize, host_lives: bool) {
+        let node = &mut self.nodes[i];
+        // Of the words that it was writing, some may have reached the disk.
+        for mark in std::mem::take(&mut node.marking) {
+            if self.random.bool() {
+                break;
+            }
+            node.sidecar = mark;
+        }
+        let incarnation = node.incarnation;
+        node.die();
+        if self.local {
+            self.tell_of_end(i, incarnation);
+        }
         let mine: Vec<Connection> =
             self.ends.iter().filter(|(_, ends)| ends.contains(&i)).map(|(over, _)| *over).collect();
         for over in mine {
@@ -284,14 +370,27 @@ impl Sim {
         }
     }
 
+    /// The kernel tells the others; what the process has sent is read before.
+    fn tell_of_end(&mut self, i: usize, incarnation: Incarnation) {
+        for to in (0..3).filter(|to| *to != i) {
+            let last = self.last.get(&(i, to)).map_or(self.now, |last| self.now.max(*last));
+            let delay = last - self.now + self.jitter(100, 2000);
+            self.after(delay, Event::Gone { to, incarnation });
+        }
+    }
+
     /// Start a dead process again: from its disk if that is allowed, else to listen.
     pub fn restart(&mut self, i: usize, from_disk: bool) -> Result<(), String> {
         if self.nodes[i].is_alive() {
             return Ok(());
         }
-        let (word, incarnation) = (self.nodes[i].sidecar, self.nodes[i].incarnation);
-        let me = Identity { lineage: GUEST, incarnation };
+        let (word, mut incarnation) = (self.nodes[i].sidecar, self.nodes[i].incarnation);
+        self.nodes[i].disk.recover(word)?;
         let runs = matches!(word, Mark::Running { .. } | Mark::Free { .. });
+        if let (Mark::Protected(bond) | Mark::Fencing(bond), true) = (word, from_disk) {
+            incarnation = self.nodes[i].claimant(bond, self.random.bool());
+        }
+        let me = Identity { lineage: GUEST, incarnation };
         let outputs = if runs || from_disk {
             let (start, outputs) = Start::new(me, word, self.settings, self.rules);
             self.nodes[i].role = Role::Start(start);

@@ -2,11 +2,14 @@
 use std::collections::{HashMap, VecDeque};
 
 use replication::{
-    Backup, Epoch, Incarnation, Input, Mark, Output, Primary, Room, Start, Status, Time, backup,
-    primary,
+    Backup, Bond, Epoch, Incarnation, Input, Mark, Output, Primary, Room, Rules, Start, Status,
+    Term, Time, backup, primary,
 };
 
-use crate::guest::{Guest, Pages, Seen};
+use crate::{
+    disk::Disk,
+    guest::{Guest, Pages, Seen},
+};
 
 pub enum Role {
     Dead,
@@ -15,9 +18,9 @@ pub enum Role {
     Start(Start),
 }
 
-/// What the disk under a backup's journal does.
+/// What the storage under a backup's journal does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Journal {
+pub enum Storage {
     Works,
     Hangs,
     Full,
@@ -27,6 +30,11 @@ pub struct Node {
     pub role: Role,
     pub incarnation: Incarnation,
     pub sidecar: Mark,
+    /// Words that are being written, and until when its storage is busy.
+    pub marking: VecDeque<Mark>,
+    pub busy: Time,
+    /// What a start from its disk has to win, and as whom: a later start asks as the same.
+    pub claims: Option<(Bond, Incarnation)>,
     /// Until when it is stopped.
     pub frozen: Time,
     /// Whether its agent reaches the witness.
@@ -34,8 +42,9 @@ pub struct Node {
     /// After how many more outputs it dies.
     pub doom: Option<u32>,
     pub guest: Guest,
-    /// What a start from its disk would begin with.
-    pub disk: u64,
+    pub disk: Disk,
+    /// Its image is being filled: the next epoch is the first of a term.
+    pub filling: bool,
     /// What is behind the gates, with the epoch that it belongs to.
     pub held: VecDeque<(Epoch, Seen)>,
     /// How full that was when the process was last told.
@@ -51,7 +60,11 @@ pub struct Node {
     /// The guest's output is not held.
     pub free: bool,
     pub parked: bool,
-    pub journal: Journal,
+    pub storage: Storage,
+    /// Epochs that it was asked to hold meanwhile.
+    pub hung: Vec<Epoch>,
+    /// Epochs that it is asked to hold, in order; and whether they still count.
+    pub holding: VecDeque<(Epoch, bool)>,
     /// Paused by a command.
     pub paused: bool,
     pub runs: bool,
@@ -61,23 +74,35 @@ pub struct Node {
     pub kept: HashMap<Epoch, Guest>,
     /// What the first epoch of this term is sent as a change of.
     pub base: Option<(Epoch, Guest)>,
-    /// Epochs that were received.
+    /// What an `End` that is being read has brought.
+    pub arriving: Option<Pages>,
+    /// Epochs that are to be held.
     pub received: HashMap<Epoch, Pages>,
     /// The time for which a tick is in the heap.
     pub tick: Option<Time>,
 }
 
 impl Node {
-    pub fn new(role: Role, incarnation: Incarnation, sidecar: Mark, runs: bool) -> Self {
+    pub fn new(
+        role: Role,
+        incarnation: Incarnation,
+        sidecar: Mark,
+        runs: bool,
+        rules: Rules,
+    ) -> Self {
         Self {
             role,
             incarnation,
             sidecar,
+            marking: VecDeque::new(),
+            busy: Time::ZERO,
+            claims: None,
             frozen: Time::ZERO,
             agent: true,
             doom: None,
             guest: Guest::new(),
-            disk: 0,
+            disk: Disk::new(rules),
+            filling: false,
             held: VecDeque::new(),
             room: Room::Ample,
             throttle: 0,
@@ -86,12 +111,15 @@ impl Node {
             epoch: Epoch(1),
             free: runs,
             parked: false,
-            journal: Journal::Works,
+            storage: Storage::Works,
+            hung: Vec::new(),
+            holding: VecDeque::new(),
             paused: false,
             runs,
             staged: HashMap::new(),
             kept: HashMap::new(),
             base: None,
+            arriving: None,
             received: HashMap::new(),
             tick: None,
         }
@@ -159,6 +187,41 @@ impl Node {
         }
     }
 
+    /// Who claims the term of its disk.
+    /// The process that the disk names can be named once more.
+    pub fn claimant(&mut self, bond: Bond, as_before: bool) -> Incarnation {
+        match self.claims {
+            Some((known, claimant)) if known.term == bond.term => claimant,
+            _ => {
+                let new = if as_before { bond.own().incarnation } else { self.incarnation };
+                self.claims = Some((bond, new));
+                new
+            }
+        }
+    }
+
+    /// Memory has an epoch, and so has the disk: as the first one, or in the journal.
+    pub fn keep_on_disk(&mut self, epoch: Epoch, random: &mut fastrand::Rng) {
+        if std::mem::take(&mut self.filling) {
+            let term = self.status().map_or(Term(0), |status| status.term);
+            self.disk.begin(term, epoch, self.guest.counter);
+        } else {
+            self.disk.sync_journal();
+        }
+        let whole = self.status().map_or(Epoch(0), |status| status.epoch);
+        self.disk.work(whole, random);
+    }
+
+    /// Whether the storage's answer is for an epoch that still counts.
+    pub fn is_held(&mut self, input: Input) -> bool {
+        match input {
+            Input::Held(_) | Input::NotHeld(..) => {
+                self.holding.pop_front().is_some_and(|(_, counts)| counts)
+            }
+            _ => true,
+        }
+    }
+
     pub fn die(&mut self) {
         self.role = Role::Dead;
         self.incarnation.0 += 1;
@@ -166,10 +229,13 @@ impl Node {
         self.staged.clear();
         self.kept.clear();
         self.received.clear();
+        self.hung.clear();
+        self.holding.clear();
         self.base = None;
         (self.room, self.throttle, self.pending) = (Room::Ample, 0, 0);
         (self.free, self.parked, self.runs) = (false, false, false);
         (self.doom, self.tick) = (None, None);
-        self.frozen = Time::ZERO;
+        (self.frozen, self.busy) = (Time::ZERO, Time::ZERO);
+        self.filling = false;
     }
 }

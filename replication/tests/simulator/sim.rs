@@ -1,20 +1,25 @@
 //! Virtual time, network, witness, fences, and what has to be true after each event.
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, HashMap},
+    collections::{BinaryHeap, HashMap, HashSet},
 };
 
 use replication::{
-    Agreement, Answer, Arbiter, Backup, Connection, Digest, Epoch, Frame, Identity, Incarnation,
-    Input, Lineage, Mark, OnLoss, Output, Pair, Primary, Question, Rules, Searched, Settings, Side,
-    Term, Time, Witness, backup,
+    Agreement, Arbiter, Backup, Connection, Digest, Epoch, Frame, Identity, Incarnation, Input,
+    Lineage, Mark, OnLoss, Output, Pair, Primary, Question, Rules, Settings, Term, Time, Witness,
+    pace::{Cost, Pace},
 };
 
+#[path = "arbiters.rs"]
+mod arbiters;
 #[path = "checks.rs"]
 mod checks;
 #[path = "host.rs"]
 mod host;
+#[path = "view.rs"]
+mod view;
 
+pub use arbiters::Fence;
 use checks::Before;
 
 use crate::{
@@ -28,6 +33,9 @@ pub const GUEST: Lineage = Lineage(1);
 pub const fn ms(ms: u64) -> Time {
     Time::from_millis(ms)
 }
+
+/// How often it is looked how far a run is: shorter than anything takes.
+pub const STEP: Time = Time::from_micros(200);
 
 enum Event {
     Tick(usize),
@@ -55,6 +63,11 @@ enum Event {
         from: usize,
         to: usize,
         over: Connection,
+    },
+    /// A process has ended, as the kernel of its peer's host says.
+    Gone {
+        to: usize,
+        incarnation: Incarnation,
     },
     Dialled(usize, Incarnation),
     Asked {
@@ -93,9 +106,15 @@ pub struct Sim {
     closed: HashMap<Term, &'static str>,
     /// For whom each term was armed, and what its backups have held whole.
     pairs: HashMap<Term, Pair>,
+    /// Who has brought its peer of a term down.
+    fenced: HashSet<(usize, Term)>,
     whole: HashMap<Term, Epoch>,
+    /// Up to which epoch of each its output was let out as acknowledged.
+    released: HashMap<Term, Epoch>,
     pub promotions: u64,
     pub solos: u64,
+    /// Starts from a disk.
+    pub cold: u64,
     /// Which processes were killed, by a fault or a fence.
     pub victims: [bool; 3],
     /// How much later than usual the witness answers, in milliseconds at most.
@@ -107,16 +126,25 @@ pub struct Sim {
     pub slow: u64,
     /// Whether there is a second path for beats.
     pub beside: bool,
+    /// Whether both sides are on one host, whose kernel knows which process has ended.
+    pub local: bool,
     /// First copies of everything, and of changes alone.
     pub full: u64,
     pub warm: u64,
     /// Releases of a primary whose backup was running the guest already.
     pub late_releases: u64,
     pub dials: u64,
+    /// What a fence does.
+    pub fence: Fence,
     /// No connection can be made.
     pub unreachable: bool,
     /// Everything that clients were told, and all questions.
     pub told: Vec<Output>,
+    /// When epochs begin: see `Primary::pace`.
+    pub pace: Option<Pace>,
+    pub strict: bool,
+    /// Starts from a disk that were tried: by which process, with which word.
+    pub denied: HashSet<(usize, Mark)>,
     pub asked: Vec<(u64, Question)>,
     /// Print everything that happens.
     pub tell: bool,
@@ -129,7 +157,7 @@ impl Sim {
         Self::with(seed, arbiter, OnLoss::Claim, rules)
     }
 
-    /// Two hosts and a spare process on the second.
+    /// As most tests have it: a time-out of 200 ms, an epoch each 50 ms.
     pub fn with(seed: u64, arbiter: Arbiter, on_loss: OnLoss, rules: Rules) -> Self {
         let settings = Settings {
             agreement: Agreement { arbiter, machine: Digest(1) },
@@ -139,6 +167,11 @@ impl Sim {
             on_loss,
             leave_slow: true,
         };
+        Self::of(seed, settings, rules)
+    }
+
+    /// Two hosts and a spare process on the second.
+    pub fn of(seed: u64, settings: Settings, rules: Rules) -> Self {
         settings.check().unwrap();
         let mut this = Self {
             now: Time::ZERO,
@@ -161,20 +194,28 @@ impl Sim {
             truth: HashMap::new(),
             closed: HashMap::new(),
             pairs: HashMap::new(),
+            fenced: HashSet::new(),
             whole: HashMap::new(),
+            released: HashMap::new(),
             delay: 0,
             loss: 0,
             slow: 0,
             beside: false,
+            local: false,
             full: 0,
             warm: 0,
             late_releases: 0,
             dials: 0,
+            fence: Fence::Works,
             unreachable: false,
             told: Vec::new(),
+            pace: None,
+            strict: false,
+            denied: HashSet::new(),
             asked: Vec::new(),
             promotions: 0,
             solos: 0,
+            cold: 0,
             victims: [false; 3],
             late: 0,
             tell: std::env::var_os("TELL").is_some(),
@@ -184,11 +225,12 @@ impl Sim {
             let me = Identity { lineage: GUEST, incarnation };
             let node = if i == 0 {
                 let primary = Primary::new(me, Term(1), settings, rules);
-                Node::new(Role::Primary(primary), incarnation, Mark::Free { term: Term(1) }, true)
+                let free = Mark::Free { term: Term(1) };
+                Node::new(Role::Primary(primary), incarnation, free, true, rules)
             } else {
                 let sidecar = Mark::Outdated { term: Term(0) };
                 let backup = Backup::new(me, sidecar, settings, rules).0;
-                Node::new(Role::Backup(backup), incarnation, sidecar, false)
+                Node::new(Role::Backup(backup), incarnation, sidecar, false, rules)
             };
             this.nodes.push(node);
         }
@@ -213,7 +255,7 @@ impl Sim {
     /// Send along one direction, in order.
     fn along(&mut self, from: usize, to: usize, slow: u64, event: Event) {
         let again = self.loss > 0 && self.random.u8(0..100) < self.loss;
-        let resent = if again { 2 * self.delay + 200 } else { 0 };
+        let resent = if again { 2 * self.delay + self.random.u64(10..200) } else { 0 };
         let at = self.now + self.jitter(100, 2000) + ms(self.delay + slow + resent);
         let last = self.last.entry((from, to)).or_default();
         *last = at.max(*last);
@@ -246,7 +288,7 @@ impl Sim {
             if self.now > end {
                 return Err(format!("not within {most:?}: {}", self.describe()));
             }
-            self.run(ms(1))?;
+            self.run(STEP)?;
         }
         Ok(())
     }
@@ -258,6 +300,7 @@ impl Sim {
             Event::Frame { to, .. }
             | Event::Closed { to, .. }
             | Event::Piece { to, .. }
+            | Event::Gone { to, .. }
             | Event::Beside { to, .. } => Some(*to),
             _ => None,
         };
@@ -272,8 +315,12 @@ impl Sim {
                 self.input(i, Input::Tick)
             }
             Event::Input(i, incarnation, input) if self.nodes[i].incarnation == incarnation => {
-                self.completed(i, input)?;
-                self.input(i, input)
+                let counts = self.nodes[i].is_held(input);
+                self.completed(i, input, counts)?;
+                if counts {
+                    self.input(i, input)?;
+                }
+                if matches!(input, Input::Captured { .. }) { self.paid(i) } else { Ok(()) }
             }
             Event::Input(..) => Ok(()),
             Event::Frame { from, to, .. } | Event::Closed { from, to, .. }
@@ -292,12 +339,16 @@ impl Sim {
                 Ok(())
             }
             Event::Frame { to, over, frame, pages, .. } => {
-                if let Some(pages) = pages {
-                    self.nodes[to].received.insert(frame.epoch, pages);
-                }
-                self.input(to, Input::Received(over, frame))
+                self.nodes[to].arriving = pages;
+                self.input(to, Input::Received(over, frame))?;
+                self.nodes[to].arriving = None;
+                Ok(())
             }
             Event::Closed { to, over, .. } => self.input(to, Input::Closed(over)),
+            Event::Gone { to, incarnation } => {
+                let known = self.nodes[to].status().is_some_and(|s| s.peer == Some(incarnation));
+                if known { self.input(to, Input::PeerGone) } else { Ok(()) }
+            }
             Event::Dialled(i, incarnation) => self.dialled(i, incarnation),
             Event::Asked { by, incarnation, nonce, question } => {
                 self.answer(by, incarnation, nonce, question)
@@ -306,15 +357,31 @@ impl Sim {
         }
     }
 
+    /// An epoch has cost the guest something.
+    fn paid(&mut self, i: usize) -> Result<(), String> {
+        if self.pace.is_none() {
+            return Ok(());
+        }
+        let pages = self.random.u64(0..500);
+        let (pause, fault) = (self.jitter(100, 1500), Time::from_micros(10));
+        self.input(i, Input::Cost(Cost { pause, pages, fault }))?;
+        let node = &self.nodes[i];
+        let waits = node.held.back().is_some_and(|(epoch, _)| *epoch == node.epoch);
+        self.input(i, Input::OutputWaits(waits))
+    }
+
     /// What was begun is done, on the host.
-    fn completed(&mut self, i: usize, input: Input) -> Result<(), String> {
+    fn completed(&mut self, i: usize, input: Input, counts: bool) -> Result<(), String> {
         let node = &mut self.nodes[i];
         match input {
-            Input::Marked(mark) => node.sidecar = mark,
-            Input::Held(epoch) => {
+            Input::Marked(mark) => {
+                node.sidecar = mark;
+                node.marking.pop_front();
+            }
+            Input::Held(epoch) if counts => {
                 if let Some(pages) = node.received.remove(&epoch) {
                     node.guest.apply(pages);
-                    node.disk = node.guest.counter;
+                    node.keep_on_disk(epoch, &mut self.random);
                     let term = node.status().map_or(Term(0), |status| status.term);
                     if self.truth.get(&(term, epoch)) != Some(&node.guest.digest()) {
                         return Err(format!("process {i} holds no {epoch:?} of {term} (I6)"));
@@ -323,7 +390,7 @@ impl Sim {
                     *whole = epoch.max(*whole);
                 }
             }
-            Input::Captured { .. } | Input::Prepared | Input::NotHeld(..) => {}
+            Input::Held(_) | Input::Captured { .. } | Input::NotHeld(..) | Input::Prepared => {}
             _ => return Ok(()),
         }
         let node = &mut self.nodes[i];
@@ -339,7 +406,7 @@ impl Sim {
             let stopped = node.parked || node.paused || node.frozen > self.now || node.guest.off;
             if node.is_alive() && node.runs && !stopped && self.random.u8(0..100) >= node.throttle {
                 let reply = node.guest.serve();
-                node.disk = reply;
+                node.disk.serve(reply);
                 self.let_out(i, Seen::Reply(reply))?;
             }
         }
@@ -354,7 +421,7 @@ impl Sim {
                 break;
             }
             let reply = node.guest.serve();
-            node.disk = reply;
+            node.disk.serve(reply);
             self.let_out(i, Seen::Reply(reply))?;
         }
         Ok(())
@@ -396,46 +463,6 @@ impl Sim {
         self.input(i, Input::Connected(over))
     }
 
-    fn answer(
-        &mut self,
-        by: usize,
-        incarnation: Incarnation,
-        nonce: u64,
-        question: Question,
-    ) -> Result<(), String> {
-        self.check_claim(question)?;
-        let answer = match question {
-            Question::Fence { term } => self.fence(by, term),
-            _ if !self.serving => None,
-            _ => Some(self.witness.step(GUEST, question).answer),
-        };
-        if let Some(answer) = answer.filter(|_| self.nodes[by].agent) {
-            let delay = self.jitter(500, 5000 + 1000 * self.late);
-            self.after(
-                delay,
-                Event::Input(by, incarnation, Input::Answered { nonce, question, answer }),
-            );
-        }
-        Ok(())
-    }
-
-    /// `stratoctl fence`, on the other host: refused if that side is the primary and is fencing,
-    /// too, or if it has continued already.
-    fn fence(&mut self, by: usize, of: Term) -> Option<Answer> {
-        for i in (0..3).filter(|i| Self::host(*i) != Self::host(by)) {
-            match self.nodes[i].sidecar {
-                Mark::Fencing(bond) if bond.side == Side::Primary => return None,
-                Mark::Running { term, .. } | Mark::Free { term } if term > of => return None,
-                _ => {}
-            }
-        }
-        for i in (0..3).filter(|i| Self::host(*i) != Self::host(by)) {
-            self.nodes[i].sidecar = Mark::Fenced { term: of };
-            self.kill(i, false);
-        }
-        Some(Answer::Down)
-    }
-
     /// Give one input to a process and carry out what it says.
     pub fn input(&mut self, i: usize, input: Input) -> Result<(), String> {
         let before = self.nodes[i].primary().map(Primary::term);
@@ -468,52 +495,5 @@ impl Sim {
                 self.along(from, to, 0, event);
             }
         }
-    }
-
-    /// Whether a primary is protected by a backup that stands by.
-    pub fn is_protected(&self) -> bool {
-        let primary = self.nodes.iter().any(|n| n.primary().is_some_and(Primary::is_protected));
-        primary && self.nodes.iter().any(|n| n.backup_state() == Some(backup::State::Standby))
-    }
-
-    /// The connection that a process uses.
-    pub fn connection(&self, i: usize) -> Option<Connection> {
-        match &self.nodes[i].role {
-            Role::Primary(primary) => primary.connection(),
-            Role::Backup(backup) => backup.connection(),
-            _ => None,
-        }
-    }
-
-    pub fn owner(&self) -> Option<usize> {
-        (0..3).find(|i| self.nodes[*i].owns())
-    }
-
-    pub fn describe(&self) -> String {
-        let state = |node: &Node| match (&node.role, node.status()) {
-            (Role::Dead, _) => format!("dead, {:?}", node.sidecar),
-            (_, Some(status)) => format!("{} in {}", status.state, status.term),
-            _ => "starting".into(),
-        };
-        let states: Vec<String> = self.nodes.iter().map(state).collect();
-        format!("{states:?}, {:?}", self.now)
-    }
-
-    /// The states of all processes, without numbers.
-    pub fn class(&self, fence: bool) -> String {
-        let state = |node: &Node| match (&node.role, node.status()) {
-            (Role::Dead, _) => {
-                let word = format!("{:?}", node.sidecar);
-                format!("dead {}", word.split(['(', ' ']).next().unwrap())
-            }
-            (_, Some(status)) => {
-                let parked = if node.parked { " parked" } else { "" };
-                let waiting = status.waiting.map_or("", replication::Waiting::name);
-                format!("{}{parked} {waiting}", status.state)
-            }
-            _ => "starting".into(),
-        };
-        let states: Vec<String> = self.nodes.iter().map(state).collect();
-        format!("{} {states:?}", if fence { "fence" } else { "witness" })
     }
 }

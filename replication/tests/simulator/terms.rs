@@ -128,6 +128,56 @@ fn a_primary_leaves_by_force_what_nobody_answers() -> Outcome {
 }
 
 #[test]
+fn who_repeats_a_forced_command_is_not_kept_waiting() -> Outcome {
+    let repeat = |sim: &mut Sim, i: usize, command| {
+        for _ in 0..6 {
+            sim.input(i, Input::Forced(command))?;
+            sim.run(ms(1000))?;
+        }
+        Ok::<_, String>(())
+    };
+    let mut sim = by_hand(OnLoss::Stall)?;
+    sim.kill(1, false);
+    sim.run(ms(1000))?;
+    repeat(&mut sim, 0, Command::Unprotect)?;
+    assert_eq!(sim.owner(), Some(0), "{}", sim.describe());
+    let mut sim = protected(33)?;
+    sim.serving = false;
+    sim.kill(0, false);
+    sim.run(ms(1000))?;
+    repeat(&mut sim, 1, Command::Failover)?;
+    assert_eq!(sim.owner(), Some(1), "{}", sim.describe());
+    Ok(())
+}
+
+#[test]
+fn an_owner_that_ends_before_the_witness_knows_of_it_leaves_that_to_the_next_one() -> Outcome {
+    let mut sim = protected(34)?;
+    sim.cut(&[(0, 1), (1, 0)]);
+    sim.nodes[0].agent = false;
+    sim.until(ms(1000), |sim| sim.nodes[1].backup_state() == Some(backup::State::Promoting))?;
+    sim.serving = false;
+    sim.until(ms(100), owned_by(1))?;
+    sim.run(ms(100))?;
+    sim.input(1, Input::Command(Command::Quit))?;
+    sim.run(ms(100))?;
+    assert!(!sim.nodes[1].is_alive() && sim.nodes[0].is_alive(), "{}", sim.describe());
+    sim.heal_all();
+    sim.restart(1, false)?;
+    sim.until(ms(100), owned_by(1))?;
+    // What has waited for that ends.
+    sim.until(ms(8000), |sim| !sim.nodes[0].is_alive())
+}
+
+#[test]
+fn by_hand_an_unfit_backup_serves_its_primary_again_in_the_next_term() -> Outcome {
+    let mut sim = by_hand(OnLoss::Continue)?;
+    sim.input(1, Input::CannotRun)?;
+    sim.until(ms(500), owned_by(0))?;
+    protect_again(&mut sim)
+}
+
+#[test]
 fn a_guest_that_is_given_away_by_hand_comes_back_by_force() -> Outcome {
     let mut sim = by_hand(OnLoss::Stall)?;
     sim.input(0, Input::Command(Command::Failover))?;
