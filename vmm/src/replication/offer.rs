@@ -13,6 +13,7 @@ use std::{io, time::Duration};
 
 use config::incoming::Arbiter;
 use machine::Tsc;
+use replication::wire::{self, WireError};
 use serde::{Deserialize, Serialize};
 use state::{Config, Frames, Section, cpu::Cpu, file::write_config, frame::Writer};
 
@@ -24,8 +25,6 @@ const VERSION: u64 = 3;
 const KIND: u32 = 31;
 const REASON: u32 = 30;
 const PROCESS: u32 = 29;
-/// Kind and length.
-const HEADER: usize = 8;
 /// Longest body, in bytes: a configuration of all devices is far smaller.
 const LONGEST: usize = 1 << 20;
 /// Longest reason, in bytes.
@@ -152,10 +151,8 @@ impl Shown {
 pub enum OfferError {
     #[error("the connection does not begin with an offer: the other side is no primary")]
     Kind,
-    #[error("the offer claims {length} bytes; at most {longest} are possible")]
-    TooLong { length: u32, longest: usize },
-    #[error("the offer is damaged (checksum)")]
-    Checksum,
+    #[error("the offer is not whole")]
+    Frame(#[source] WireError),
     #[error("the offer is not valid")]
     Body(#[from] state::FileError),
     #[error("the offer does not say what its host has")]
@@ -175,7 +172,7 @@ impl Offer {
         let host = serde_json::to_vec(&Shown::of(self)?).map_err(io::Error::other)?;
         let length = u32::try_from(host.len()).map_err(io::Error::other)?;
         let parts = [&timeout.to_le_bytes()[..], &length.to_le_bytes(), &host, &to.into_inner()];
-        frame(KIND, &parts.concat())
+        Ok(wire::frame(KIND, &parts.concat()))
     }
 
     /// Read an offer from the beginning of `bytes`, and return its length, too; `None` when more
@@ -184,10 +181,12 @@ impl Offer {
     /// # Errors
     /// When these are not the beginning of an offer.
     pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, OfferError> {
-        let Some((kind, body, all)) = unframe(bytes, LONGEST)? else { return Ok(None) };
-        if kind != KIND {
-            return Err(OfferError::Kind);
-        }
+        let (body, all) = match unframe(bytes, LONGEST) {
+            Ok(None) => return Ok(None),
+            Ok(Some((KIND, body, all))) => (body, all),
+            Ok(Some(_)) | Err(WireError::Kind(_)) => return Err(OfferError::Kind),
+            Err(e) => return Err(OfferError::Frame(e)),
+        };
         let (timeout, rest) = body.split_first_chunk::<4>().ok_or(OfferError::Host)?;
         let (length, rest) = rest.split_first_chunk::<4>().ok_or(OfferError::Host)?;
         let length = usize::try_from(u32::from_le_bytes(*length)).map_err(|_| OfferError::Host)?;
@@ -208,13 +207,13 @@ impl Offer {
 pub fn reason(why: &str) -> Vec<u8> {
     let end = (0..=LONGEST_REASON.min(why.len())).rev().find(|end| why.is_char_boundary(*end));
     let why = end.and_then(|end| why.get(..end)).unwrap_or_default();
-    frame(REASON, why.as_bytes()).unwrap_or_default()
+    wire::frame(REASON, why.as_bytes())
 }
 
 /// The frame that says which process a backup is, if it knows that.
 pub fn process(process: Option<&Process>) -> Vec<u8> {
     let body = serde_json::to_vec(&process).unwrap_or_default();
-    frame(PROCESS, &body).unwrap_or_default()
+    wire::frame(PROCESS, &body)
 }
 
 /// What a backup says besides the protocol.
@@ -245,38 +244,15 @@ pub fn may_be_aside(bytes: &[u8]) -> bool {
         && unframe(bytes, LONGEST_REASON).is_ok_and(|it| it.is_none())
 }
 
-fn frame(kind: u32, body: &[u8]) -> io::Result<Vec<u8>> {
-    let length = u32::try_from(body.len()).map_err(io::Error::other)?;
-    let mut frame = [&kind.to_le_bytes()[..], &length.to_le_bytes(), body].concat();
-    frame.extend(crc32fast::hash(&frame).to_le_bytes());
-    Ok(frame)
-}
-
 /// The kind and the body of a frame, and its length with both.
 type Framed<'a> = (u32, &'a [u8], usize);
 
 /// The frame at the beginning of `bytes`; `None` when more bytes are needed.
-fn unframe(bytes: &[u8], longest: usize) -> Result<Option<Framed<'_>>, OfferError> {
-    let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Ok(None) };
-    let [k0, k1, k2, k3, l0, l1, l2, l3] = *header;
-    let kind = u32::from_le_bytes([k0, k1, k2, k3]);
-    if !matches!(kind, KIND | REASON | PROCESS) {
-        return Err(OfferError::Kind);
+fn unframe(bytes: &[u8], longest: usize) -> Result<Option<Framed<'_>>, WireError> {
+    match wire::unframe(bytes, PROCESS..=KIND, longest) {
+        Err(WireError::Truncated) => Ok(None),
+        other => other.map(Some),
     }
-    let length = u32::from_le_bytes([l0, l1, l2, l3]);
-    let size = usize::try_from(length).unwrap_or(usize::MAX);
-    if size > longest {
-        return Err(OfferError::TooLong { length, longest });
-    }
-    let (Some(covered), Some(body), Some(crc)) =
-        (bytes.get(..HEADER + size), rest.get(..size), rest.get(size..size + 4))
-    else {
-        return Ok(None);
-    };
-    if crc32fast::hash(covered).to_le_bytes() != crc {
-        return Err(OfferError::Checksum);
-    }
-    Ok(Some((kind, body, HEADER + size + 4)))
 }
 
 #[cfg(test)]
@@ -317,7 +293,7 @@ mod tests {
             assert_eq!(read_aside(&bytes), Some((Aside::Process(own), bytes.len())));
             assert!(may_be_aside(&bytes[..9]));
         }
-        let nonsense = frame(PROCESS, b"7").unwrap();
+        let nonsense = wire::frame(PROCESS, b"7");
         assert!(read_aside(&nonsense).is_none() && !may_be_aside(&nonsense));
     }
 }

@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 use config::Description;
 use lineage::{Entry, Lineage, Place};
 use replication::{
-    Connection as Number, Epoch, Fault, Frame, Input, Mark, Message, backup::State, wire,
+    Connection as Number, Epoch, Fault, Frame, Input, Mark, Message, backup::State,
+    primary::UNACKNOWLEDGED, wire,
 };
 
 use super::super::{
@@ -20,12 +21,19 @@ use super::{Builder, Building, Moment, Standby, Tell};
 /// A primary sends a quarter of it before it waits for an answer.
 const MOST_QUEUED: usize = 64 << 20;
 
+/// Most epochs that wait for storage, with those that were dropped: while it hangs, each connection
+/// brings the same ones again.
+const MOST_WAITING: usize = 2 * UNACKNOWLEDGED;
+
+/// An epoch, what else it brings, and when it had come.
+type Contents = (Arriving, Outside, Moment);
+
 /// An epoch that is not durable yet.
 struct Waiting {
     epoch: Epoch,
-    coming: Arriving,
-    outside: Outside,
-    ended: Moment,
+    /// None if it was dropped: its answer is still to come, and is not that for an epoch of the same
+    /// number which has come again since.
+    contents: Option<Contents>,
 }
 
 /// What is known of the images.
@@ -85,16 +93,33 @@ impl Kept {
 
     /// They are filled again from the start.
     pub fn forget(&mut self) {
-        self.waiting.clear();
+        self.waiting.iter_mut().for_each(|waits| waits.contents = None);
         self.forget_settling();
     }
 
     /// Epochs after this one do not count.
     pub fn drop_after(&mut self, epoch: Epoch) {
-        self.waiting.retain(|waits| waits.epoch <= epoch);
+        let dropped = self.waiting.iter_mut().filter(|waits| waits.epoch > epoch);
+        dropped.for_each(|waits| waits.contents = None);
         if self.is_some() {
             self.ask(Work::DropAfter(epoch));
         }
+    }
+
+    /// Ask the thread to keep an epoch, unless too many wait already. Whether it was asked.
+    fn keep(&mut self, epoch: Epoch, work: Work, contents: Contents) -> bool {
+        let has_room = self.waiting.len() < MOST_WAITING;
+        if has_room {
+            self.ask(work);
+            self.waiting.push_back(Waiting { epoch, contents: Some(contents) });
+        }
+        has_room
+    }
+
+    /// The thread has answered for this epoch, in the order in which it was asked. Nothing if the
+    /// epoch was dropped meanwhile.
+    fn answered(&mut self, epoch: Epoch) -> Option<Contents> {
+        self.waiting.pop_front_if(|waits| waits.epoch == epoch)?.contents
     }
 
     /// Have everything brought into the images.
@@ -130,6 +155,8 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         }
         let sizes = wanted.iter().map(|disk| disk.size).collect();
         self.kept.entry = self.kept.keeper.open(wanted)?;
+        // What was asked before has been answered.
+        self.kept.waiting.clear();
         self.kept.sizes = sizes;
         Ok(())
     }
@@ -157,12 +184,14 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let Some(backup) = &self.backup else { return };
         let mut coming = std::mem::take(&mut self.coming);
         let written = coming.take_written();
-        self.kept.ask(match backup.state() {
+        let work = match backup.state() {
             State::Syncing => Work::First(Place { term: backup.term(), epoch }),
             _ => Work::Append(epoch, written),
-        });
-        let ended = self.ended;
-        self.kept.waiting.push_back(Waiting { epoch, coming, outside, ended });
+        };
+        if !self.kept.keep(epoch, work, (coming, outside, self.ended)) {
+            log::error!("replication: the storage of the disks stands still");
+            self.inputs.push_back(Input::NotHeld(epoch, Fault::Disk));
+        }
     }
 
     /// Follow the thread's answers.
@@ -211,10 +240,10 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     }
 
     fn durable(&mut self, epoch: Epoch, result: Result<(), String>) {
-        // Unless it was dropped meanwhile.
-        let waits = self.kept.waiting.pop_front_if(|waits| waits.epoch == epoch);
-        let (Some(waits), Some(memory)) = (waits, &self.memory) else { return };
-        let Waiting { mut coming, outside, ended, .. } = waits;
+        let (Some(contents), Some(memory)) = (self.kept.answered(epoch), &self.memory) else {
+            return;
+        };
+        let (mut coming, outside, ended) = contents;
         if let Err(why) = result {
             log::error!("replication: the journal of the disks: {why}");
             return self.inputs.push_back(Input::NotHeld(epoch, Fault::Disk));
@@ -246,5 +275,33 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     pub(super) fn take_backends(&mut self, mark: Mark) {
         self.building = Building::Taking(mark);
         self.builder.take();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wake::Wake;
+
+    #[test]
+    fn an_epoch_that_comes_again_waits_for_its_own_answer_and_few_wait() {
+        let mut kept = Kept::new(Keeper::new(Wake::new().unwrap()).0);
+        kept.sizes = vec![512];
+        let keep = |kept: &mut Kept, epoch| {
+            let contents = (Arriving::default(), Outside::default(), Moment::now());
+            kept.keep(Epoch(epoch), Work::Append(Epoch(epoch), Vec::new()), contents)
+        };
+        assert!(keep(&mut kept, 3) && keep(&mut kept, 4));
+        kept.drop_after(Epoch(3));
+        assert!(keep(&mut kept, 4));
+        assert!(kept.answered(Epoch(3)).is_some());
+        assert!(kept.answered(Epoch(4)).is_none(), "that was of the one which was dropped");
+        assert!(kept.answered(Epoch(4)).is_some());
+        // The link breaks again and again, and storage stands still.
+        let taken = (0..20).filter(|_| {
+            kept.drop_after(Epoch(4));
+            keep(&mut kept, 5)
+        });
+        assert_eq!(taken.count(), MOST_WAITING);
     }
 }
