@@ -21,6 +21,13 @@ pub mod threads;
 pub mod virtio;
 pub mod worker;
 
+/// What threads share, by names that a test can give another meaning.
+mod sync {
+    pub use std::sync::atomic::AtomicBool;
+
+    pub use parking_lot::Mutex;
+}
+
 /// Guest memory: regions of host memory, with a bitmap of the pages that device code has written.
 ///
 /// The bitmap is the device side of dirty tracking; vCPU writes are tracked by KVM.

@@ -13,15 +13,14 @@ use std::{
     collections::VecDeque,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
+
+// `tests/gate_orders.rs` has its own, to try every order of threads.
+use crate::sync::{AtomicBool, Mutex};
 
 /// The capacity of a gate.
 #[derive(Debug, Clone, Copy)]
@@ -280,7 +279,6 @@ impl Keeper {
 
     /// Pass everything to `write`, covered or not, and open the gate.
     pub fn open(&mut self, mut write: impl FnMut(&[u8])) {
-        self.release(u64::MAX, &mut write);
         while let Some(batch) = self.last() {
             batch.pieces().for_each(&mut write);
             self.0.done_with(batch);
@@ -289,17 +287,21 @@ impl Keeper {
 
     /// Discard what is held. The gate stays as it is, shut or open.
     pub fn discard(&mut self) {
-        while let Some(batch) = self.0.oldest(|_| true) {
-            self.0.done_with(batch);
-        }
-        let filling = std::mem::take(&mut self.0.kept.lock().filling);
-        self.0.done_with(filling);
+        let (marked, filling) = {
+            let mut kept = self.0.kept.lock();
+            (std::mem::take(&mut kept.marked), std::mem::take(&mut kept.filling))
+        };
+        let marked = marked.into_iter().map(|(_, batch)| batch);
+        marked.chain([filling]).for_each(|batch| self.0.done_with(batch));
     }
 
-    /// The output since the last mark. If there is none, opens the gate, under the same lock, so
-    /// that new output cannot overtake held output.
+    /// The oldest output, marked or not: a mark may come at any time. If there is none, opens the
+    /// gate, under the same lock, so that new output cannot overtake held output.
     fn last(&self) -> Option<Batch> {
         let mut kept = self.0.kept.lock();
+        if let Some((_, batch)) = kept.marked.pop_front() {
+            return Some(batch);
+        }
         if kept.filling.ends.is_empty() {
             self.0.shut.store(false, Ordering::Release);
             return None;
@@ -325,6 +327,3 @@ impl Marker {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

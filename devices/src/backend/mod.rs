@@ -3,6 +3,9 @@ pub mod char;
 pub mod dirty_log;
 pub mod disk;
 pub mod gate;
+#[cfg(test)]
+#[path = "gate/tests.rs"]
+mod gate_tests;
 pub(crate) mod holder;
 pub mod inherited;
 pub mod net;

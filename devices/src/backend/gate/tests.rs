@@ -1,8 +1,10 @@
-use std::thread;
+use std::{io, os::fd::AsRawFd, sync::Arc, thread};
 
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, eventfd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::*;
+use super::gate::{Backlog, Gate, Held, Keeper, Room};
 
 const ROOM: Room = Room { bytes: 100, pieces: 10 };
 
