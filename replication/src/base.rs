@@ -25,6 +25,9 @@ pub struct Identity {
     pub incarnation: Incarnation,
 }
 
+/// How long a peer may be silent at least, as long as nothing depends on it.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// What all machines share.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Base {
@@ -43,6 +46,9 @@ pub struct Base {
     nonce: u64,
     /// The word that is being written.
     pub marking: Option<Mark>,
+    /// Nothing depends on the peer yet: no output is held for it, and it may not promote. A host
+    /// that is busy with the first copy is not suspected in the time-out.
+    patient: bool,
     /// When the peer was heard.
     pub(crate) hearing: Hearing,
     /// How often the peer was suspected.
@@ -76,6 +82,7 @@ impl Base {
             asking: None,
             nonce: 0,
             marking: None,
+            patient: false,
             hearing: Hearing::default(),
             stalls: 0,
             heartbeat: None,
@@ -121,9 +128,23 @@ impl Base {
         }
     }
 
+    fn patience(&self) -> Duration {
+        let timeout = self.settings.timeout;
+        if self.patient { timeout.max(PATIENCE) } else { timeout }
+    }
+
+    /// From here on the peer may be silent for longer, or not.
+    pub fn set_patient(&mut self, patient: bool) {
+        self.patient = patient;
+        let limit = self.now + self.patience();
+        if self.timers.get(Timer::Silence).is_some_and(|due| patient || due > limit) {
+            self.timers.set(Timer::Silence, limit);
+        }
+    }
+
     /// A byte of the peer has arrived.
     pub fn heard(&mut self) {
-        self.timers.set(Timer::Silence, self.now + self.settings.timeout);
+        self.timers.set(Timer::Silence, self.now + self.patience());
         let heartbeat = self.heartbeat();
         if let Some(gap) = self.hearing.heard(self.now, &self.settings, heartbeat) {
             self.tell(Event::Gap(gap));

@@ -256,6 +256,7 @@ impl Backup {
 
     fn enter(&mut self, state: State, why: Why) {
         self.state = state;
+        self.base.set_patient(matches!(state, State::Syncing | State::Ready));
         self.base.tell(Event::State(why));
     }
 

@@ -66,6 +66,8 @@ impl Primary {
             return;
         }
         self.limit_acks();
+        // Output is held from here on.
+        self.base.set_patient(false);
         match self.state {
             State::Syncing | State::Protected | State::HandingOver(_) => {
                 self.base.send(epoch, Message::End { digest });

@@ -321,6 +321,7 @@ impl Primary {
 
     fn enter(&mut self, state: State, why: Why) {
         self.state = state;
+        self.base.set_patient(state == State::Syncing);
         self.base.tell(Event::State(why));
     }
 

@@ -75,6 +75,32 @@ impl Driven {
 }
 
 #[test]
+fn a_backup_that_nothing_depends_on_yet_may_be_silent_for_longer() {
+    let me = Identity { lineage: Lineage(9), incarnation: Incarnation(1) };
+    let mut primary = Primary::new(me, Term(1), settings(), Rules::ALL);
+    let agreement = settings().agreement;
+    let accept = Accept { incarnation: BACKUP, digest: Digest(0), memory: None, agreement };
+    let frame = Frame { term: Term(1), epoch: Epoch(0), message: Message::Accept(accept) };
+    primary.step(Time::ZERO, Input::Command(Command::Start));
+    primary.step(Time::ZERO, Input::Connected(Connection(1)));
+    primary.step(Time::ZERO, Input::Received(Connection(1), frame));
+    let mut now = Time::ZERO;
+    let mut until = |primary: &mut Primary, end: Duration| {
+        while let Some(at) = primary.deadline().filter(|at| *at < end) {
+            now = at;
+            primary.step(now, Input::Tick);
+        }
+    };
+    until(&mut primary, Duration::from_millis(1999));
+    assert_eq!(primary.state(), State::Syncing, "memory is being copied: 500 ms are nothing");
+    // Its output is held now.
+    let first = Input::Captured { epoch: Epoch(1), digest: Digest(1) };
+    primary.step(Duration::from_millis(1999), first);
+    until(&mut primary, Duration::from_secs(3));
+    assert_eq!(primary.state(), State::Off);
+}
+
+#[test]
 fn a_timer_that_is_always_late_does_not_make_epochs_rarer() {
     let mut driven = Driven::protected();
     driven.began.clear();
