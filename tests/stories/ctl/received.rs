@@ -83,8 +83,8 @@ impl Pair {
 impl Drop for Pair {
     fn drop(&mut self) {
         // The rig does not know the other registry.
-        for verb in ["destroy", "delete"] {
-            let _ = self.there(&[verb, "web"]);
+        for args in [&["destroy", "-F", "web"][..], &["delete", "web"]] {
+            let _ = self.there(args);
         }
         if let Some(mut receiver) = self.receiver.take() {
             let _ = receiver.kill();
