@@ -2,8 +2,9 @@
 //! witness knows that; where nobody has closed the last term, it is closed here, so that the backup
 //! cannot continue the guest any more.
 use anyhow::Context as _;
+use replication::Term;
 
-use super::super::Context;
+use super::{super::Context, cold};
 use crate::{
     failure::Failure,
     matrix::{self, Leave, State, Verb},
@@ -45,8 +46,15 @@ pub fn leave_behind(ctx: &Context, verb: Verb, place: &Place) -> anyhow::Result<
         Some(own) => own,
         None => Uuid::random().context("no random numbers")?,
     };
-    // A machine with disks asks by itself before it runs: its disks say that it was protected.
+    // A machine with disks asks by itself before it runs: its disks say in which term it was
+    // protected. While that is open, what was decided before does not matter.
     let asks = has_disks(place) && !protection.shares_disks;
+    if let (true, Some(Term(term))) = (asks, cold::open_term(place)) {
+        let look = Need::Look { lineage: protection.lineage, term };
+        if let Said::Record { record: None } = witness.ask(&look) {
+            return Ok(());
+        }
+    }
     let ask = |need: Need| witness.ask(&need);
     match verdict(ask, (protection.lineage, protection.side), own, !asks).map_err(doubt)? {
         Verdict::Free if asks => Ok(()),

@@ -110,6 +110,16 @@ pub fn lineage(description: &Description) -> anyhow::Result<Option<Uuid>> {
     Ok(images.entry().map(|entry| Uuid(entry.lineage.0)))
 }
 
+/// The term that the disks of the domain at `place` were protected in when its monitor ended.
+pub fn open_term(place: &Place) -> Option<Term> {
+    let paths = writable(&place.description().ok()?);
+    let images = Images::read(paths.iter().map(PathBuf::as_path)).ok()?;
+    match images.entry()?.mark {
+        Mark::Protected(bond) | Mark::Fencing(bond) => Some(bond.term),
+        _ => None,
+    }
+}
+
 /// The images that the guest can write to.
 fn writable(description: &Description) -> Vec<PathBuf> {
     let drives = description.config.get("drive").and_then(serde_json::Value::as_array);
