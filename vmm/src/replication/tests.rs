@@ -254,6 +254,8 @@ struct Host {
     connect: Connect,
     memory: Memory,
     dirty: Mutex<Vec<Range<u64>>>,
+    /// The number of the last epoch that was captured.
+    captured: Mutex<u64>,
     disks: Option<Arc<Disks>>,
     /// Checkpoints fail.
     fails: Mutex<bool>,
@@ -363,6 +365,7 @@ impl Protected {
         let host = Arc::new(Host {
             memory,
             dirty: Mutex::default(),
+            captured: Mutex::default(),
             disks,
             fails: Mutex::default(),
             parked: Mutex::default(),
@@ -420,10 +423,14 @@ impl Protected {
         dirty.push(at..at + 4096);
     }
 
+    /// Everything that was written until now is at the backup.
+    fn settles(&self) {
+        let last = *self.host.captured.lock();
+        wait_for("a later checkpoint", || self.status.lock().acked > last);
+    }
+
     fn is_equal(&self, backup: &Backup) {
-        let seen = self.status.lock().acked;
-        // Two more: the first of them may have begun before the last write.
-        wait_for("checkpoints", || self.status.lock().acked >= seen + 3);
+        self.settles();
         assert!(bytes(&self.host.memory) == backup.memory(), "the memories differ");
     }
 
@@ -459,6 +466,7 @@ impl Host {
                         Pages::Staged(staging)
                     };
                     self.disks.iter().for_each(|disks| disks.capture(epoch.0));
+                    *self.captured.lock() = epoch.0;
                     let none = Duration::ZERO;
                     let taken = Box::new(Taken {
                         state: sections().try_into().unwrap(),

@@ -125,12 +125,6 @@ impl Guest {
     }
 }
 
-/// Everything that was written until now is at the backup.
-fn settles(protected: &Protected) {
-    let seen = protected.status.lock().acked;
-    wait_for("checkpoints", || protected.status.lock().acked >= seen + 3);
-}
-
 #[test]
 fn images_are_equal_whatever_the_guest_writes_and_when() {
     for (direct, aio) in
@@ -151,7 +145,7 @@ fn images_are_equal_whatever_the_guest_writes_and_when() {
             guest.changes();
         }
         (0..100).for_each(|_| guest.changes());
-        settles(&protected);
+        protected.settles();
         let bonds = [Sides::words(&sides.near), Sides::words(&sides.far)];
         assert!(bonds.iter().all(|word| matches!(word, Mark::Protected(_))), "{bonds:?}");
         // It continues the guest: everything is in the images by then.
@@ -192,7 +186,7 @@ fn storage_that_stands_still_at_the_backup_is_no_reason_for_a_suspicion() {
     // Longer than the time-out, and less than what output may be held for.
     backup.storage.send(Work::Hang(3 * TIMEOUT)).unwrap();
     (0..100).for_each(|_| guest.changes());
-    settles(&protected);
+    protected.settles();
     let info = protected.status.lock().clone();
     assert_eq!((info.state, info.stalls), (ReplicationStatus::Protected, 0));
     drop(guest);
