@@ -84,8 +84,7 @@ impl Captured<'_> {
     }
 
     /// An epoch: what was written to memory since the last one, and `left`, are copied into
-    /// `staging`; the rest is the state. Each vCPU's thread has read its registers meanwhile, or
-    /// does so while memory is copied.
+    /// `staging`; the rest is the state. Each vCPU's thread reads its registers meanwhile.
     ///
     /// More than `most` bytes are not copied: they stay where they are if the machine was paused
     /// before, and has to stay so until they are no longer needed.

@@ -13,7 +13,7 @@ use crate::{
     machine::Parked,
     memory::{image, staging::Staging},
     spot_check::SpotChecks,
-    vcpu::{Answer, Gone},
+    vcpu::{self, Answer, Gone},
 };
 
 /// The whole state of a machine but its configuration and its memory. Plain data.
@@ -220,9 +220,8 @@ impl Machine {
     /// Read the state of devices and chips, and ask the vCPUs' threads for theirs, unless these are
     /// the `vcpus` that were asked already.
     pub(crate) fn ask_state(&self, mut vcpus: Vec<AskedVcpu>) -> Result<AskedState, SaveError> {
-        if vcpus.is_empty() {
-            vcpus = self.vcpus.iter().map(|vcpu| vcpu.save()).collect();
-        }
+        // Devices before chips and vCPUs: interrupts that they raised while becoming quiet are in
+        // those.
         let devices = self
             .legacy
             .devices()
@@ -238,6 +237,9 @@ impl Machine {
             })
             .collect::<Result<_, SaveError>>()?;
         let chips = ChipState::save(&self.vm)?;
+        if vcpus.is_empty() {
+            vcpus.extend(self.vcpus.iter().map(vcpu::Handle::save));
+        }
         Ok(AskedState { devices, chips, vcpus })
     }
 

@@ -42,7 +42,7 @@ pub(crate) struct Rest {
     attempt: Option<Attempt>,
     /// An operation has timed out, and is to be tried again or given up.
     pending: bool,
-    /// What the vCPUs were asked for when they parked with [`Park::Keep`].
+    /// What the vCPUs were asked for once all were parked, with [`Park::Keep`].
     pub(crate) states: Vec<AskedVcpu>,
     /// How many tries have timed out.
     rest_timeouts: u64,
@@ -65,7 +65,7 @@ impl Rest {
 struct Attempt {
     /// The vCPUs that were asked to park and have not yet.
     vcpus: Vec<(usize, Answer<()>)>,
-    /// Their states, for [`Park::Keep`].
+    /// Their states, for [`Park::Keep`], asked for once all have parked.
     states: Vec<AskedVcpu>,
     /// What becomes of requests in flight.
     park: Park,
@@ -105,9 +105,10 @@ impl Machine {
 
     /// Park every vCPU and every device worker. With [`Park::Keep`], requests of disks stay in
     /// flight: only [`Captured`](crate::Captured) asks for that, and lets a machine that was running
-    /// run on. Then each vCPU's thread also reads its state as soon as it is parked. Interrupts that
-    /// devices raise until they are quiet may be missing in it; a machine that is restored raises
-    /// all of them again.
+    /// run on. Then each vCPU's thread also reads its state while devices become quiet: after all
+    /// vCPUs are parked, so that it has every interrupt that one of them has sent to another. Those
+    /// that devices raise until they are quiet may be missing in it; a machine that is restored
+    /// raises all of them again.
     ///
     /// # Errors
     /// As [`Machine::pause`]; also while a pause is pending that waits for such requests.
@@ -117,14 +118,8 @@ impl Machine {
         }
         let deadline = self.rest.deadline();
         // All are asked before the first is waited for.
-        let begin = || {
-            let (vcpus, states) = match park {
-                Park::Drain => (self.vcpus.iter().map(vcpu::Handle::park).collect(), Vec::new()),
-                Park::Keep => self.vcpus.iter().map(vcpu::Handle::park_and_save).unzip(),
-            };
-            let vcpus: Vec<_> = vcpus;
-            Attempt { vcpus: vcpus.into_iter().enumerate().collect(), states, park }
-        };
+        let ask = || self.vcpus.iter().map(vcpu::Handle::park).enumerate().collect();
+        let begin = || Attempt { vcpus: ask(), states: Vec::new(), park };
         let mut attempt = self.rest.attempt.take().unwrap_or_else(begin);
         let step = match attempt.park == park {
             true => self.come_to_rest(&mut attempt, deadline),
@@ -153,7 +148,7 @@ impl Machine {
 
     fn come_to_rest(
         &mut self,
-        Attempt { vcpus, park, .. }: &mut Attempt,
+        Attempt { vcpus, states, park }: &mut Attempt,
         deadline: Instant,
     ) -> Result<Step, RunError> {
         use std::sync::mpsc::RecvTimeoutError as E;
@@ -169,6 +164,9 @@ impl Machine {
             let clock = self.vm.clock()?;
             self.parked =
                 Some(Parked { ticks: host_ticks(), clock, advance: false, runs_since: None });
+        }
+        if *park == Park::Keep && states.is_empty() {
+            states.extend(self.vcpus.iter().map(vcpu::Handle::save));
         }
         // Ask again, in case a thread has given up meanwhile.
         self.io_threads.iter().for_each(|(_, thread)| thread.hold(*park, DISK_STALL_LIMIT));

@@ -107,9 +107,6 @@ impl Kick for kick::Kicker {
 #[must_use = "a request is done when its answer arrives"]
 pub struct Answer<T>(Receiver<T>);
 
-/// The pending registers of a vCPU.
-pub type Registers<C> = Answer<Result<<C as Cpu>::State, <C as Cpu>::Error>>;
-
 impl<T> Answer<T> {
     /// Wait for it.
     ///
@@ -133,14 +130,12 @@ impl<T> Answer<T> {
 #[error("vCPU thread has exited")]
 pub struct Gone;
 
-type StateSender<C> = Sender<Result<<C as Cpu>::State, <C as Cpu>::Error>>;
-
 enum Request<C: Cpu> {
-    Park(Sender<()>, Option<StateSender<C>>),
+    Park(Sender<()>),
     /// Stay out of the guest for this long, unless something else is requested.
     Rest(Duration),
     Resume(i64),
-    Save(StateSender<C>),
+    Save(Sender<Result<C::State, C::Error>>),
     Work(Box<dyn FnOnce() + Send>),
     Restore(Box<C::State>, Sender<Result<(), C::Error>>),
     Replace(Box<C>, Sender<io::Result<C::Kicker>>),
@@ -190,12 +185,9 @@ impl<C: Cpu> Handle<C> {
             }
             while parked(&mut cpu, &inbox) {
                 match running(&mut cpu, &inbox) {
-                    Left::Parked(reply, state) => {
+                    Left::Parked(reply) => {
                         told.store(usage::system_us(), Ordering::Relaxed);
                         let _ = reply.send(());
-                        if let Some(state) = state {
-                            save(&cpu, &state);
-                        }
                     }
                     // Parked until the VM has decided how to react.
                     Left::Stopped(why) => report(index, why),
@@ -229,16 +221,9 @@ impl<C: Cpu> Handle<C> {
     /// Request a stop at the next consistent point. Send the request to all vCPUs first, then wait
     /// for each.
     pub fn park(&self) -> Answer<()> {
-        let answer = self.ask(|reply| Request::Park(reply, None));
+        let answer = self.ask(Request::Park);
         self.kick();
         answer
-    }
-    /// As [`Handle::park`], and request its registers then.
-    pub fn park_and_save(&self) -> (Answer<()>, Registers<C>) {
-        let (state, registers) = channel();
-        let answer = self.ask(|reply| Request::Park(reply, Some(state)));
-        self.kick();
-        (answer, Answer(registers))
     }
     /// Keep a running vCPU out of the guest for `time`. Any other request ends that.
     pub fn rest(&self, time: Duration) {
@@ -250,7 +235,7 @@ impl<C: Cpu> Handle<C> {
         let _ = self.requests.send(Request::Resume(ticks));
     }
     /// Request the registers of a parked vCPU.
-    pub fn save(&self) -> Registers<C> {
+    pub fn save(&self) -> Answer<Result<C::State, C::Error>> {
         self.ask(Request::Save)
     }
     /// Have the thread of a parked vCPU do `job`.
@@ -303,12 +288,7 @@ impl<C: Cpu> Drop for Handle<C> {
 fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
     while let Ok(request) = inbox.recv() {
         match request {
-            Request::Park(reply, state) => {
-                let _ = reply.send(());
-                if let Some(state) = state {
-                    save(cpu, &state);
-                }
-            }
+            Request::Park(reply) => drop(reply.send(())),
             Request::Rest(_) => {}
             Request::Save(reply) => save(cpu, &reply),
             Request::Work(job) => job(),
@@ -331,7 +311,7 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
 // every vCPU thread touch them; like this, only a thread that saves or restores a state does.
 
 #[inline(never)]
-fn save<C: Cpu>(cpu: &C, reply: &StateSender<C>) {
+fn save<C: Cpu>(cpu: &C, reply: &Sender<Result<C::State, C::Error>>) {
     let _ = reply.send(cpu.save());
 }
 
@@ -342,14 +322,14 @@ fn restore<C: Cpu>(cpu: &mut C, state: Box<C::State>, reply: &Sender<Result<(), 
 }
 
 /// Why the run loop was left.
-enum Left<C: Cpu> {
-    Parked(Sender<()>, Option<StateSender<C>>),
+enum Left {
+    Parked(Sender<()>),
     Stopped(Stopped),
     Exit,
 }
 
 /// Enter the guest until it stops or a request stops it.
-fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left<C> {
+fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
     // One kick may stand for several requests if a device has blocked the thread meanwhile.
     if let Some(left) = asked(inbox) {
         return left;
@@ -368,7 +348,7 @@ fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left<C> {
 }
 
 /// The pending request that stops a vCPU, if any.
-fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left<C>> {
+fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
     let mut rest = None;
     loop {
         let request = match rest.take() {
@@ -379,7 +359,7 @@ fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left<C>> {
             }),
         };
         match request {
-            Ok(Request::Park(reply, state)) => return Some(Left::Parked(reply, state)),
+            Ok(Request::Park(reply)) => return Some(Left::Parked(reply)),
             Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Some(Left::Exit),
             Ok(Request::Rest(time)) => rest = Some(time),
             // State requests need a parked vCPU: the caller sees the dropped reply as `Gone`.

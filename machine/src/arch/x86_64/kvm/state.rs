@@ -106,12 +106,11 @@ impl VcpuState {
         self.tsc_khz
     }
 
-    /// Set the time stamp counter to what it was, or would have been, when the host's was at `ticks`
-    /// ([`host_ticks`]).
+    /// Set the time stamp counter to what it was when the host's was at `ticks` ([`host_ticks`]),
+    /// before it was read.
     pub fn hold_back(&mut self, ticks: u64) {
-        let since = self.read_at.wrapping_sub(ticks).cast_signed();
-        let by = guest_ticks(since.unsigned_abs(), self.tsc_khz, self.host_khz);
-        let by = if since < 0 { by.wrapping_neg() } else { by };
+        let since = self.read_at.saturating_sub(ticks);
+        let by = guest_ticks(since, self.tsc_khz, self.host_khz);
         for (index, value) in &mut self.msrs {
             if *index == MSR_IA32_TSC {
                 *value = value.wrapping_sub(by);
