@@ -6,6 +6,7 @@
 pub mod about;
 pub mod builds;
 pub mod chart;
+pub mod compiled;
 pub mod control;
 pub mod cpu;
 pub mod density;

@@ -8,6 +8,7 @@ use std::{env, fs};
 
 use anyhow::{Context, Result};
 
+use super::compiled::compiled;
 use super::control::Protocol;
 use super::snapshots::Way;
 use stories::debian::{Debian, libraries, output};
@@ -210,10 +211,7 @@ impl Found {
     /// # Errors
     /// There is no C compiler, or the KVM headers are missing.
     pub fn bare(dir: &Path) -> Result<Self> {
-        let (source, program) = (dir.join("bare.c"), dir.join("bare"));
-        fs::write(&source, BARE_SOURCE)?;
-        output(Command::new("cc").args(["-O2", "-o"]).arg(&program).arg(&source))
-            .context("bare.c does not build (this needs cc and Linux's headers)")?;
+        let program = compiled(dir, "bare", BARE_SOURCE)?;
         Ok(Self::new(BARE, Program::File(program)))
     }
 

@@ -1,19 +1,19 @@
-//! The bare loop (`bare.c`): what the pause of a checkpoint takes at least on this host, in one
+//! The bare loop (`epochs.c`): what the pause of a checkpoint takes at least on this host, in one
 //! thread, and with nothing but KVM.
-use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use stories::debian::output;
 
 use super::{Load, MIB, sampler};
+use crate::bench::compiled::compiled;
 use crate::bench::measure::send;
 use crate::bench::rig::Rig;
 use crate::bench::{Message, Metric};
 
 /// Its name in the figures.
 pub const NAME: &str = "bare loop";
-const SOURCE: &str = include_str!("bare.c");
+const SOURCE: &str = include_str!("epochs.c");
 /// How long it runs.
 const SECONDS: u128 = 2;
 
@@ -29,7 +29,7 @@ pub fn measure(rig: &Rig, load: &Load) -> Result<()> {
     send(&Message::Step(format!("{}: {NAME}", load.scenario.title())))?;
     let period = load.period.as_micros();
     let epochs = SECONDS * 1_000_000 / period;
-    let mut command = Command::new(program(rig)?);
+    let mut command = Command::new(compiled(&rig.dir, "epochs", SOURCE)?);
     command.args([u128::from(load.pages), period, epochs, u128::from(MIB)].map(|n| n.to_string()));
     let sample = sampler(load.scenario, NAME);
     for line in output(&mut command).context("the bare loop")?.lines() {
@@ -42,15 +42,4 @@ pub fn measure(rig: &Rig, load: &Load) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The compiled program.
-fn program(rig: &Rig) -> Result<PathBuf> {
-    let (source, program) = (rig.dir.join("epochs.c"), rig.dir.join("epochs"));
-    if !program.exists() {
-        std::fs::write(&source, SOURCE)?;
-        output(Command::new("cc").args(["-O2", "-o"]).arg(&program).arg(&source))
-            .context("the bare loop does not build (this needs cc and Linux's headers)")?;
-    }
-    Ok(program)
 }

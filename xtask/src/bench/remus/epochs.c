@@ -2,54 +2,25 @@
 // thread that runs it finds out which pages were written, copies them, and enters the guest again.
 // No other thread, no devices, no state.
 //
-// bare PAGES PERIOD COUNT MIB: a guest of MIB MiB writes to PAGES pages, 64 KiB apart, in each of
+// epochs PAGES PERIOD COUNT MIB: a guest of MIB MiB writes to PAGES pages, 64 KiB apart, in each of
 // COUNT periods of PERIOD microseconds. For each it prints the pages, and the microseconds of the
 // whole pause, of finding the pages, and of copying them.
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
-#include <linux/kvm.h>
+#include "machine.h"
 
-#define ENTRY 0x1000000u
 #define WORD 0x1001000u
 #define AREA 0x1010000u
 #define APART 0x10000u
-#define TABLES 0x9000u
 #define PAGE 4096u
-
-static long checked(const char *what, long result) {
-    if (result < 0) {
-        perror(what);
-        exit(1);
-    }
-    return result;
-}
 
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1e6 + t.tv_nsec / 1e3;
-}
-
-// The first two GiB, each page of 2 MiB at its own address.
-static void make_tables(uint8_t *ram) {
-    uint64_t *top = (uint64_t *)(ram + TABLES), *upper = top + 512, *lower = top + 1024;
-    top[0] = (TABLES + 0x1000) | 3;
-    for (uint64_t gib = 0; gib < 2; gib++)
-        upper[gib] = (TABLES + 0x2000 + gib * 0x1000) | 3;
-    for (uint64_t page = 0; page < 1024; page++)
-        lower[page] = (page << 21) | 0x83;
 }
 
 // Waits until WORD is not zero, makes it zero, adds 1 to a word of each page, and begins again.
@@ -75,26 +46,6 @@ static void make_program(uint8_t *ram, uint32_t pages) {
     memcpy(ram + ENTRY, code, sizeof code);
 }
 
-static void enter_64_bit(int vcpu) {
-    struct kvm_sregs s;
-    checked("KVM_GET_SREGS", ioctl(vcpu, KVM_GET_SREGS, &s));
-    struct kvm_segment code = {
-        .limit = 0xffffffff, .selector = 0x10, .type = 11, .present = 1, .s = 1, .l = 1, .g = 1,
-    };
-    struct kvm_segment data = {
-        .limit = 0xffffffff, .selector = 0x18, .type = 3, .present = 1, .s = 1, .db = 1, .g = 1,
-    };
-    s.cs = code;
-    s.ds = s.es = s.fs = s.gs = s.ss = data;
-    s.cr3 = TABLES;
-    s.cr4 |= 0x20;
-    s.cr0 |= 0x80000001;
-    s.efer |= 0x500;
-    checked("KVM_SET_SREGS", ioctl(vcpu, KVM_SET_SREGS, &s));
-    struct kvm_regs r = { .rip = ENTRY, .rflags = 2, .rsp = 0x8ff0 };
-    checked("KVM_SET_REGS", ioctl(vcpu, KVM_SET_REGS, &r));
-}
-
 // Signals do nothing but end KVM_RUN.
 static void nothing(int signal) { (void)signal; }
 
@@ -111,8 +62,8 @@ static void tick_every(long period) {
 
 int main(int count, char **words) {
     if (count != 5) {
-        puts("compiled by cc " __VERSION__);
-        return 0;
+        fputs("epochs PAGES PERIOD COUNT MIB\n", stderr);
+        return 1;
     }
     uint32_t pages = strtoul(words[1], NULL, 10);
     long period = strtol(words[2], NULL, 10), epochs = strtol(words[3], NULL, 10);
@@ -124,10 +75,7 @@ int main(int count, char **words) {
     int kvm = checked("/dev/kvm", open("/dev/kvm", O_RDWR | O_CLOEXEC));
     int vm = checked("KVM_CREATE_VM", ioctl(kvm, KVM_CREATE_VM, 0));
     checked("KVM_SET_TSS_ADDR", ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000));
-    uint8_t *ram = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (ram == MAP_FAILED)
-        checked("mmap", -1);
+    uint8_t *ram = make_ram(size);
     make_tables(ram);
     make_program(ram, pages);
     struct kvm_userspace_memory_region region = {
@@ -135,18 +83,8 @@ int main(int count, char **words) {
     };
     checked("KVM_SET_USER_MEMORY_REGION", ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region));
     checked("KVM_CREATE_IRQCHIP", ioctl(vm, KVM_CREATE_IRQCHIP, 0));
-    int vcpu = checked("KVM_CREATE_VCPU", ioctl(vm, KVM_CREATE_VCPU, 0));
-    static struct {
-        struct kvm_cpuid2 head;
-        struct kvm_cpuid_entry2 entries[128];
-    } cpuid = { .head.nent = 128 };
-    checked("KVM_GET_SUPPORTED_CPUID", ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid));
-    checked("KVM_SET_CPUID2", ioctl(vcpu, KVM_SET_CPUID2, &cpuid));
-    enter_64_bit(vcpu);
-    int shared = checked("KVM_GET_VCPU_MMAP_SIZE", ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0));
-    struct kvm_run *run = mmap(NULL, shared, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
-    if (run == MAP_FAILED)
-        checked("mmap", -1);
+    struct kvm_run *run;
+    int vcpu = make_vcpu(kvm, vm, &run);
 
     uint64_t words_of_log = size / PAGE / 64;
     uint64_t *log = calloc(words_of_log, 8);
