@@ -59,7 +59,7 @@ pub fn permit(
     force: bool,
 ) -> anyhow::Result<()> {
     let paths = writable(description);
-    let images = match Images::read(paths.iter().map(PathBuf::as_path)) {
+    let images = match images(&paths) {
         Ok(images) => images,
         // The monitor says what is wrong with the image itself.
         Err(_) if paths.iter().any(|path| !path.exists()) => return Ok(()),
@@ -105,19 +105,21 @@ pub fn permit(
 /// # Errors
 /// Their sidecars cannot be read, or they belong to different guests.
 pub fn lineage(description: &Description) -> anyhow::Result<Option<Uuid>> {
-    let paths = writable(description);
-    let images = Images::read(paths.iter().map(PathBuf::as_path))?;
+    let images = images(&writable(description))?;
     Ok(images.entry().map(|entry| Uuid(entry.lineage.0)))
 }
 
 /// The term that the disks of the domain at `place` were protected in when its monitor ended.
 pub fn open_term(place: &Place) -> Option<Term> {
-    let paths = writable(&place.description().ok()?);
-    let images = Images::read(paths.iter().map(PathBuf::as_path)).ok()?;
+    let images = images(&writable(&place.description().ok()?)).ok()?;
     match images.entry()?.mark {
         Mark::Protected(bond) | Mark::Fencing(bond) => Some(bond.term),
         _ => None,
     }
+}
+
+fn images(paths: &[PathBuf]) -> Result<Images, ImagesError> {
+    Images::read(paths.iter().map(PathBuf::as_path))
 }
 
 /// The images that the guest can write to.

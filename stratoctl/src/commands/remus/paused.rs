@@ -21,11 +21,10 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// # Errors
 /// The monitor does not answer.
 pub fn is_known_to_backup(client: &mut Client) -> Result<bool, ClientError> {
-    let info = client.execute(&QueryReplication {})?;
+    use ReplicationStatus::{Arming, Protected, Stalled};
+    let mut info = client.execute(&QueryReplication {})?;
     let (since, term, deadline) = (info.epoch, info.term, Instant::now() + LIMIT);
     loop {
-        let info = client.execute(&QueryReplication {})?;
-        use ReplicationStatus::{Arming, Protected, Stalled};
         let has_backup = matches!(info.state, Arming | Protected | Stalled) && info.term == term;
         if !has_backup || info.acked > since {
             return Ok(true);
@@ -34,5 +33,6 @@ pub fn is_known_to_backup(client: &mut Client) -> Result<bool, ClientError> {
             return Ok(false);
         }
         thread::sleep(POLL_INTERVAL);
+        info = client.execute(&QueryReplication {})?;
     }
 }
