@@ -154,7 +154,7 @@ fn a_primary_whose_process_has_ended_is_not_waited_for() {
         assert!(asks(&driven.step(Input::Prepared), claims), "{closes:?}");
         assert!(driven.now < settings(WITNESS).grace(), "it has not waited");
     }
-    // The fence is asked all the same: it also keeps the primary from being started again.
+    // The fence is still asked: it also keeps the primary from being started again.
     let mut driven = Driven::standby(Arbiter::Fence(Digest(5)));
     driven.step(Input::PeerGone);
     let outputs = driven.step(Input::Prepared);

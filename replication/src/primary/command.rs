@@ -32,8 +32,8 @@ impl Primary {
             }
             (State::Off | State::Degraded | State::Connecting | State::Syncing, Command::Quit) => {
                 if settling {
-                    // The word on the disk says so: whoever starts from it reports that the guest
-                    // runs here, which its former primary waits for.
+                    // Its former primary waits to hear that the guest runs here. The next start from
+                    // this disk reports that, as the mark on it says so.
                     return self.end(Exit::Done);
                 }
                 if matches!(self.state, State::Connecting | State::Syncing) {

@@ -5,7 +5,7 @@ use replication::{Arbiter, Command, Input, Mark, OnLoss, Side, Time, backup, pri
 use crate::{node::Role, sim::Sim};
 
 impl Sim {
-    /// What whoever runs the hosts does: start what is dead, and protect what is owned. A start from a
+    /// The operator of the hosts: starts what is dead, and protects what is owned. A start from a
     /// disk waits first, so that a living side asks before it; where only a person may decide, one
     /// does so who knows what is dead.
     pub fn operate(&mut self, healed: Time) -> Result<(), String> {
@@ -42,8 +42,8 @@ impl Sim {
         Ok(())
     }
 
-    /// Without a witness a process waits for its peer, or a person, for ever. If another one has the
-    /// guest, a person ends it.
+    /// Without a witness a process waits for its peer, or a person, without a limit. If another one
+    /// has the guest, a person ends it.
     fn end_what_is_left(&mut self, owner: usize, waited: bool) {
         let term = self.nodes[owner].status().map(|status| status.term);
         for i in 0..3 {

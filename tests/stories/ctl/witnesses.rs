@@ -57,7 +57,7 @@ fn a_witness_whose_storage_hangs_or_answers_twice_grants_a_term_once() -> Result
     there.kill("web")?;
     held.wait_held(Op::LINK)?;
     sleep(Duration::from_millis(300));
-    // It waits, and whoever asks is answered.
+    // It waits, and still answers queries.
     let info = replication(here)?;
     ensure!(info["state"] == "stalled" && info["claimed"] == json!(true), "{info}");
     held.release()?;

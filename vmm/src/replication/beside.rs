@@ -301,7 +301,7 @@ mod tests {
             assert!(!hears(&mut backup, &primary), "{length}");
         }
         says(&key, 2, HERE, 8);
-        assert!(hears(&mut backup, &primary), "the next one counts all the same");
+        assert!(hears(&mut backup, &primary), "the next one still counts");
     }
 
     #[test]

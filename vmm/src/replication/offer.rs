@@ -1,7 +1,7 @@
 //! The first frame of each connection: the machine that the primary offers, and all that it has to
-//! have in common with the backup's host. The backup looks whether that is so before it answers the
-//! greeting that follows, and says which process it is. If it is not, it says why, before it refuses; likewise if a frame is not
-//! valid, before it closes the connection.
+//! have in common with the backup's host. The backup says which process it is, and checks that before
+//! it answers the greeting that follows. If something differs, it says what before it refuses;
+//! likewise if a frame is not valid, before it closes the connection.
 //!
 //! ```text
 //! kind u32 = 31  length u32  timeout u32, in ms  length u32  JSON

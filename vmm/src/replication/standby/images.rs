@@ -189,7 +189,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             _ => Work::Append(epoch, written),
         };
         if !self.kept.keep(epoch, work, (coming, outside, self.ended)) {
-            log::error!("replication: the storage of the disks stands still");
+            log::error!("replication: the storage of the disks hangs");
             self.inputs.push_back(Input::NotHeld(epoch, Fault::Disk));
         }
     }
@@ -297,7 +297,7 @@ mod tests {
         assert!(kept.answered(Epoch(3)).is_some());
         assert!(kept.answered(Epoch(4)).is_none(), "that was of the one which was dropped");
         assert!(kept.answered(Epoch(4)).is_some());
-        // The link breaks again and again, and storage stands still.
+        // The link breaks again and again, and storage hangs.
         let taken = (0..20).filter(|_| {
             kept.drop_after(Epoch(4));
             keep(&mut kept, 5)
